@@ -1,0 +1,1 @@
+"""What runs in a gang's pods: supervisor, engine, api and rank processes."""

@@ -1,0 +1,1 @@
+"""Schedules continuous batches and drives the ranks. Imports no torch."""

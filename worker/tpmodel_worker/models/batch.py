@@ -1,0 +1,48 @@
+"""What one forward pass computes. Runner, models, kernels and caches all speak in this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """The tokens of one step, flattened: first `decodes` rows of one token each, then the prefill chunks.
+
+    B is the number of sequences, T the number of tokens, M the longest block table, R the rows whose
+    logits are wanted. All tensors lie on the rank's device. The integers beside them are known on the
+    host without waiting for the device; where a sequence may have finished on the device meanwhile,
+    they are upper bounds.
+    """
+
+    token_ids: torch.Tensor
+    """(T,) int64."""
+    positions: torch.Tensor
+    """(T,) int64, position of each token in its sequence."""
+    kv_rows: torch.Tensor
+    """(T,) int64, where the token's K and V go: block * block_size + offset. Rows of the cache's last
+    block, which no sequence owns, take what finished sequences would write."""
+    block_tables: torch.Tensor
+    """(B, M) int32, padded with 0."""
+    kv_lengths: torch.Tensor
+    """(B,) int32, tokens of each sequence that attention sees, this step's included."""
+    query_starts: torch.Tensor
+    """(B + 1,) int32, where each sequence's tokens start in T."""
+    sample_rows: torch.Tensor
+    """(R,) int64, indices into T."""
+    decodes: int
+    query_lengths: tuple[int, ...]
+    """Tokens of each sequence in this step; 1 for the first `decodes`."""
+    max_kv_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKvCache:
+    """One layer's paged KV cache on one rank, views of the kv arena."""
+
+    keys: torch.Tensor
+    """(num_blocks + 1, block_size, kv_heads, head_dim) in the model's dtype; the last block is scratch."""
+    values: torch.Tensor
+    """As keys."""

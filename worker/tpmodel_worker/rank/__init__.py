@@ -1,0 +1,1 @@
+"""One process per GPU: serves WorkerService and runs its shard of the model."""

@@ -1,0 +1,1 @@
+"""The main process of a pod: starts, watches and ends the others, holds their memory. Imports no torch."""
