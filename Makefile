@@ -1,0 +1,49 @@
+# make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
+# make test  sets everything up and passes lint, unit and integration tests
+.PHONY: run test lint unit integration test-gpu soak bench default-model lock clean
+
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard requirements/*.txt) $(wildcard protos/tpmodel/v1/*.proto) \
+	worker/tpmodel_worker/comm/shared_memory.c scripts/setup
+
+run: .venv/.ready
+	@$(PYTHON) examples/run.py
+
+test: lint unit integration
+
+.venv/.ready: $(BUILD_INPUTS)
+	@bash scripts/setup
+
+lint: .venv/.ready
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	@test ! -e operator/__init__.py || \
+		{ echo "operator/__init__.py would shadow the standard library's operator module: remove it"; exit 1; }
+
+unit: .venv/.ready
+	OMP_NUM_THREADS=1 $(PYTEST) tests/unit -n 2 -m "not gpu"
+
+integration: .venv/.ready
+	$(PYTEST) tests/integration -m "not gpu"
+
+# On a machine with GPUs: everything marked gpu, nothing skipped.
+test-gpu: .venv/.ready
+	$(PYTEST) tests -m gpu
+
+# The full number of requests; tests/integration runs a slice of it.
+soak: .venv/.ready
+	TPMODEL_TEST_SCALE=full $(PYTEST) tests/integration/test_soak.py -s
+
+bench: .venv/.ready
+	$(PYTHON) -m benchmarks
+
+default-model: .venv/.ready
+	$(PYTHON) examples/train_default_model.py --output examples/default_model
+
+lock: .venv/.ready
+	bash scripts/lock
+
+clean:
+	rm -rf .venv build dist client/tpmodel/v1 worker/tpmodel_worker/comm/_*.so

@@ -1,0 +1,53 @@
+"""What several commands share: options and how errors end a command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from tpmodel.errors import TpmodelError, UnavailableError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_TARGET = "127.0.0.1:9000"
+
+
+def connection_options(command: F) -> F:
+    """--target and --api-key."""
+    command = click.option("--api-key", default=None, help="Sent as bearer token; default: $TPMODEL_API_KEY.")(command)
+    return click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Server, HOST:PORT.")(command)
+
+
+def api_key_or_environment(api_key: str | None) -> str | None:
+    """The option's value, else what the environment says."""
+    return api_key or os.environ.get("TPMODEL_API_KEY") or None
+
+
+def sampling_options(command: F) -> F:
+    """The sampling parameters that people set by hand."""
+    options = [
+        click.option("--max-tokens", type=click.IntRange(min=1), default=None, help="Most tokens to make."),
+        click.option("--temperature", type=click.FloatRange(min=0), default=None, help="0 is greedy."),
+        click.option("--top-k", type=int, default=None, help="Sample among the k most likely tokens."),
+        click.option("--top-p", type=float, default=None, help="Sample among tokens of this total probability."),
+        click.option("--seed", type=click.IntRange(min=0), default=None, help="Makes sampling repeatable."),
+        click.option("--stop", multiple=True, help="Ends the answer; may be given several times."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def readable_errors(target: str) -> Iterator[None]:
+    """Turns a failed call into one line on standard error and exit code 1."""
+    try:
+        yield
+    except UnavailableError as error:
+        raise click.ClickException(f"{target}: {error.message}; is a server running there?") from error
+    except TpmodelError as error:
+        raise click.ClickException(f"{target}: {error}") from error

@@ -1,0 +1,134 @@
+"""`tpmodel serve`: one gang on this machine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+SIZE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes, such as 500M or 4Gi."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, or a usage error."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is not a size like 500M or 4Gi", param, ctx)
+        return int(float(match[1]) * SIZE_UNITS[match[2] or ""])
+
+
+@click.command()
+@click.argument("model")
+@click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks: one process per GPU.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              show_default=True, help="auto: what the checkpoint says.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address that clients reach.")
+@click.option("--port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="gRPC; 0: any free.")
+@click.option("--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="OpenAI HTTP.")
+@click.option("--control-port", type=click.IntRange(0, 65535), default=9001, show_default=True)
+@click.option("--health-port", type=click.IntRange(0, 65535), default=9002, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(0, 65535), default=9003, show_default=True)
+@click.option("--served-name", default=None, help="Name in the APIs; default: MODEL.")
+@click.option("--max-model-len", type=click.IntRange(min=0), default=0, help="Tokens of prompt and output together.")
+@click.option("--max-num-seqs", type=click.IntRange(min=1), default=64, show_default=True, help="Running at once.")
+@click.option("--max-num-batched-tokens", type=click.IntRange(min=16), default=2048, show_default=True,
+              help="Most tokens of one step; longer prompts go in chunks.")  # fmt: skip
+@click.option("--block-size", type=click.IntRange(min=1, max=256), default=16, show_default=True,
+              help="Tokens in a block of the KV cache.")  # fmt: skip
+@click.option("--kv-cache-memory", type=ByteSize(), default=0, help="KV cache of each rank, such as 2Gi.")
+@click.option("--load-format", type=click.Choice(["safetensors", "dummy"]), default="safetensors", show_default=True)
+@click.option("--dummy-seed", type=int, default=0, help="Seed of --load-format dummy.")
+@click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its start.")
+@click.option("--queue-limit", type=click.IntRange(min=1), default=1024, show_default=True, help="Waiting requests.")
+@click.option("--communicator", type=click.Choice(["auto", "shared_memory", "gloo", "nccl"]), default="auto")
+@click.option("--api-processes", type=click.IntRange(min=1, max=64), default=1, show_default=True)
+@click.option("--api-key", default=None, help="Clients must send it; default: $TPMODEL_API_KEY.")
+@click.option("--drain-timeout", type=float, default=120.0, show_default=True, help="Seconds for streams to finish.")
+@click.option("--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True)
+def serve(model: str, **options: Any) -> None:
+    """Serve MODEL, a checkpoint folder or a hub name, until interrupted.
+
+    SIGTERM or Ctrl-C drains: running streams finish, within --drain-timeout; a second Ctrl-C ends at once.
+    """
+    if options["tp"] < 1:
+        raise click.BadParameter(f"{options['tp']} ranks cannot serve: give 1 or more", param_hint="--tp")
+    worker = _import_worker()
+    sys.exit(int(worker.serve(_settings(model, options))))
+
+
+def _import_worker() -> Any:
+    try:
+        return importlib.import_module("tpmodel_worker.supervisor.main")
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"serving needs more than the client: {error.name} is missing; pip install 'tpmodel[worker]'"
+        ) from error
+
+
+def _settings(model: str, options: dict[str, Any]) -> Any:
+    from tpmodel_worker.settings import ServeSettings
+
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+    return ServeSettings(
+        model_path=str(_checkpoint_folder(model, options["load_format"])),
+        model_id=model,
+        served_name=options["served_name"] or model,
+        dtype="" if options["dtype"] == "auto" else options["dtype"],
+        load_format=options["load_format"],
+        dummy_seed=options["dummy_seed"],
+        max_model_len=options["max_model_len"],
+        world_size=options["tp"],
+        device=device,
+        communicator=options["communicator"],
+        max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=options["max_num_batched_tokens"],
+        block_size=options["block_size"],
+        kv_cache_bytes=options["kv_cache_memory"],
+        prefix_cache=not options["no_prefix_cache"],
+        queue_limit=options["queue_limit"],
+        host=options["host"],
+        port=options["port"],
+        http_port=options["http_port"],
+        control_port=options["control_port"],
+        health_port=options["health_port"],
+        metrics_port=options["metrics_port"],
+        api_processes=options["api_processes"],
+        api_key=options["api_key"] or os.environ.get("TPMODEL_API_KEY", ""),
+        drain_timeout=options["drain_timeout"],
+        log_format=options["log_format"],
+    )
+
+
+def _checkpoint_folder(model: str, load_format: str) -> Path:
+    """The folder itself, or a hub name's snapshot."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise click.BadParameter(f"{model} has no config.json: is it a checkpoint folder?", param_hint="MODEL")
+        return folder.resolve()
+    if folder.exists() or model.startswith((".", "/")) or model.count("/") != 1:
+        raise click.BadParameter(f"{model} is neither a folder nor a hub name like Qwen/Qwen3-8B", param_hint="MODEL")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.txt"] + ([] if load_format == "dummy" else ["*.safetensors"])
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise click.ClickException(
+            f"{model} could not be downloaded: {error}\n"
+            "Give a folder that holds the checkpoint, or make the hub reachable (HF_TOKEN for gated models)."
+        ) from error

@@ -1,0 +1,71 @@
+"""`tpmodel status`: what a gang's leader says of itself."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+import grpc
+from google.protobuf.json_format import MessageToDict
+
+from tpmodel.cli.common import readable_errors
+from tpmodel.errors import error_from
+from tpmodel.v1 import worker_pb2, worker_pb2_grpc
+
+
+@click.command()
+@click.option("--target", default="127.0.0.1:9002", show_default=True, help="The health port, HOST:PORT.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def status(target: str, as_json: bool) -> None:
+    """Show the gang's phase, its ranks and its processes."""
+    with readable_errors(target), grpc.insecure_channel(target) as channel:
+        stub = worker_pb2_grpc.StatusServiceStub(channel)
+        try:
+            reply = stub.GangStatus(worker_pb2.GangStatusRequest(), timeout=10)
+        except grpc.RpcError as error:
+            raise error_from(error) from error
+    if as_json:
+        click.echo(json.dumps(MessageToDict(reply, preserving_proto_field_name=True)))
+        return
+    for line in _lines(reply):
+        click.echo(line)
+
+
+def _lines(reply: worker_pb2.GangStatusResponse) -> list[str]:
+    engine = reply.engine
+    phase = worker_pb2.Phase.Name(engine.phase).removeprefix("PHASE_").lower()
+    ready = f"{engine.ready_ranks} of {engine.world_size} ranks ready"
+    numbers = f"epoch {engine.epoch}, attempt {reply.attempt}, weight version {engine.weight_version}"
+    lines = [f"{engine.model_id or 'no model'}: {phase}, {ready}, {numbers}"]
+    if engine.cause:
+        lines.append(f"cause: {engine.cause}")
+    if engine.kv_blocks_total:
+        lines.append(
+            f"requests: {engine.running} running, {engine.waiting} waiting; "
+            f"KV cache: {engine.kv_blocks_used} of {engine.kv_blocks_total} blocks of {engine.block_size} tokens; "
+            f"context {engine.max_model_len}"
+        )
+    lines += _table(
+        ["RANK", "STATE", "LOADED", "PID", "DEVICE", "COMMUNICATOR"],
+        [
+            [str(r.rank), r.state, f"{r.load_percent:.0f}%", str(r.pid), r.device or "-", r.communicator or "-"]
+            for r in engine.ranks
+        ],
+    )
+    lines += _table(
+        ["PROCESS", "STATE", "PID", "PORT", "RESTARTS"],
+        [[p.name, p.state, str(p.pid), str(p.port or "-"), str(p.restarts)] for p in reply.processes],
+    )
+    for fault in engine.last_faults:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.unix_seconds))
+        lines.append(f"fault at {when}, epoch {fault.epoch}: {fault.kind}: {fault.message}")
+    return lines
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *rows]]  # fmt: skip
