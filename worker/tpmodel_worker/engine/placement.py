@@ -1,0 +1,147 @@
+"""Where every live sequence is: in the queue, or in a slot with blocks."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+
+from tpmodel_worker.engine.blocks import BlockPool
+from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
+from tpmodel_worker.engine.requests import SchedulerConfig
+from tpmodel_worker.engine.sequence import Sequence, SequenceStatus
+
+
+class Placement:
+    """Slots, blocks and the queue of one world, and every move of a sequence between them.
+
+    Blocks and slots that a sequence leaves are free at once, though plans that were sent may still use
+    them: what takes them over goes into a later plan, and plans run in order. The ranks hear of the
+    slots left with the next plan's releases, which apply before its admissions.
+    """
+
+    def __init__(self, config: SchedulerConfig, *, weight_version: int) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks)
+        self.slots: list[Sequence | None] = [None] * config.max_num_seqs
+        self.waiting: list[Sequence] = []
+        """In the order in which they are admitted."""
+        self.running_requests = 0
+        self.slots_used = 0
+        self._free_slots = list(range(config.max_num_seqs))  # a heap: the lowest is taken first
+        self._releases: list[int] = []
+        self._root_hash = root_hash(weight_version)
+
+    @property
+    def slot_is_free(self) -> bool:
+        """Whether a sequence can be placed, as far as slots go."""
+        return bool(self._free_slots)
+
+    @property
+    def releases_pending(self) -> bool:
+        """Whether the ranks have yet to hear of slots that were left."""
+        return bool(self._releases)
+
+    def running(self) -> list[Sequence]:
+        """Sequences that hold a slot, slots ascending."""
+        return [sequence for sequence in self.slots if sequence is not None]
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Puts a sequence that holds nothing into the queue."""
+        sequence.status = SequenceStatus.WAITING
+        insort(self.waiting, sequence, key=_order)
+
+    def place(self, sequence: Sequence, *, shared: list[int], computed_length: int) -> None:
+        """Moves a waiting sequence into a slot, with blocks for all its known tokens.
+
+        Its table begins with the shared blocks; the caller has looked that slot and blocks are there.
+        """
+        config = self.config
+        known_length = len(sequence.token_ids)
+        self._dequeue(sequence)
+        self.pool.share(shared)
+        sequence.blocks = [*shared, *self.pool.allocate(config.blocks_for(known_length) - len(shared))]
+        sequence.capacity = len(sequence.blocks) * config.block_size
+        sequence.known_length = known_length
+        sequence.computed_length = computed_length
+        sequence.left = sequence.length_limit - known_length
+        sequence.registered_blocks = len(shared)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.slot = heapq.heappop(self._free_slots)
+        self.slots[sequence.slot] = sequence
+        self.slots_used += 1
+        state = sequence.state
+        state.samples_in_slots += 1
+        if state.samples_in_slots == 1:
+            self.running_requests += 1
+
+    def grow(self, sequence: Sequence) -> list[int]:
+        """Adds blocks to a running sequence until its computed tokens fit; returns the new ones."""
+        blocks = self.pool.allocate(self.config.blocks_for(sequence.computed_length) - len(sequence.blocks))
+        sequence.blocks += blocks
+        sequence.capacity = len(sequence.blocks) * self.config.block_size
+        return blocks
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Sends a running sequence back to the queue, to recompute what it has when its turn comes."""
+        self._leave_slot(sequence)
+        self.enqueue(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """Takes a live sequence out of wherever it is, for good."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._leave_slot(sequence)
+        else:
+            self._dequeue(sequence)
+        sequence.status = SequenceStatus.ENDED
+        sequence.state.live_samples -= 1
+
+    def take_releases(self) -> list[int]:
+        """Slots that were left since the last plan, ascending; they go into the plan that is being made."""
+        releases = sorted(self._releases)
+        self._releases.clear()
+        return releases
+
+    def find_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks with the beginning of a waiting sequence's tokens; at least one token is left to compute."""
+        config = self.config
+        if not config.prefix_cache:
+            return []
+        most = (len(sequence.token_ids) - 1) // config.block_size
+        extend_chain(sequence.block_hashes, self._root_hash, sequence.token_ids, config.block_size, most)
+        return self.pool.match(sequence.block_hashes[:most])
+
+    def cache_prefix(self, sequence: Sequence, length: int) -> None:
+        """Makes a running sequence's full blocks below `length` findable.
+
+        The tokens below `length` must be committed, and their KV certain to be written by plans made.
+        """
+        block_size = self.config.block_size
+        full = length // block_size
+        if not self.config.prefix_cache or full <= sequence.registered_blocks:
+            return
+        extend_chain(sequence.block_hashes, self._root_hash, sequence.token_ids, block_size, full)
+        for index in range(sequence.registered_blocks, full):
+            self.pool.register(sequence.blocks[index], sequence.block_hashes[index])
+        sequence.registered_blocks = full
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        index = bisect_left(self.waiting, sequence.order, key=_order)
+        assert self.waiting[index] is sequence
+        del self.waiting[index]
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.capacity = 0
+        self.slots[sequence.slot] = None
+        heapq.heappush(self._free_slots, sequence.slot)
+        self._releases.append(sequence.slot)
+        self.slots_used -= 1
+        sequence.slot = -1
+        sequence.state.samples_in_slots -= 1
+        if sequence.state.samples_in_slots == 0:
+            self.running_requests -= 1
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.order
