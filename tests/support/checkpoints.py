@@ -1,0 +1,81 @@
+"""Small random checkpoints of the real architecture, with a tokenizer, as folders on disk."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+DEFAULT_VOCABULARY = 512
+
+# The shapes that the issue names: each differs from the base in what its name says.
+BASE: dict[str, Any] = {
+    "vocab_size": DEFAULT_VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "kv_heads_fewer_than_ranks": {"num_key_value_heads": 1},
+    "odd_vocabulary": {"vocab_size": 523},
+    "yarn_rope": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+        }
+    },
+    "wide_heads": {"head_dim": 32},
+}
+
+
+def make_checkpoint(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """Writes a checkpoint with random weights; its norms are random too, so that a missed one shows."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(**(BASE | overrides))
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.to(dtype=dtype).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    write_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A byte-level tokenizer: ids 0 to 255 are bytes, the rest two-letter pieces that nothing encodes to."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = {character: index for index, character in enumerate(alphabet)}
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = (first + second + third for first in letters for second in letters for third in letters)
+    while len(entries) < vocabulary:
+        entries[next(pieces)] = len(entries)
+    tokenizer = Tokenizer(models.BPE(vocab=entries, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"clean_up_tokenization_spaces": False}))
+
+
+def random_prompts(count: int, *, shortest: int, longest: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Prompts of mixed lengths; ids 0 and 1 (begin and end) are left out."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(shortest, longest) for _ in range(count)]
+    return [[rng.randrange(2, vocabulary) for _ in range(length)] for length in lengths]

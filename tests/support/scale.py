@@ -1,0 +1,11 @@
+"""How much of each long test runs: CI takes a slice that fits its hour, TPMODEL_TEST_SCALE=full everything."""
+
+from __future__ import annotations
+
+import os
+
+FULL = os.environ.get("TPMODEL_TEST_SCALE") == "full"
+
+SOAK_REQUESTS = 2000 if FULL else 300
+ORACLE_PROMPTS = 16
+ORACLE_TOKENS = 64
