@@ -1,0 +1,67 @@
+"""What the rest of the system knows of a model before any weight is read. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+
+
+class ConfigError(ValueError):
+    """The checkpoint's configuration cannot be served as it is; the message names key, value and remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding, both spellings of the checkpoint format brought into one."""
+
+    rope_type: RopeType = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    """By how much positions are stretched (linear, yarn, llama3). A `dynamic` factor acts beyond
+    max_position_embeddings only, which is as long as a context gets here."""
+    original_max_position_embeddings: int = 0
+    """Context length before stretching (yarn, llama3)."""
+    attention_factor: float = 1.0
+    """What cos and sin are multiplied by (yarn)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Whether yarn rounds the borders of its ramp to whole dimensions."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What generation_config.json proposes for requests that leave a field unset; None: nothing."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder's shape, as its checkpoint's config.json gives it and as this code will compute it."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    max_position_embeddings: int
+    max_model_len: int
+    """Most tokens of one sequence, prompt and output together."""
+    dtype: DtypeName
+    eos_token_ids: tuple[int, ...] = ()
+    generation: GenerationDefaults = GenerationDefaults()

@@ -1,0 +1,144 @@
+"""Qwen3, dense: grouped-query attention with normalised queries and keys, SwiGLU, RMSNorm before each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import nn
+
+from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.kernels.attention import PagedAttention, prepare_attention
+from tpmodel_worker.kernels.kv_cache import write_kv
+from tpmodel_worker.models.batch import ForwardBatch, LayerKvCache
+from tpmodel_worker.models.causal_lm import CausalLanguageModel
+from tpmodel_worker.models.config_types import ModelConfig
+from tpmodel_worker.models.layers import (
+    MergedColumnParallelLinear,
+    ParallelLanguageModelHead,
+    QkvParallelLinear,
+    RmsNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from tpmodel_worker.models.rotary import RotaryEmbedding, rotate
+from tpmodel_worker.models.sharding import HeadShard, VocabShard
+
+
+class Qwen3Attention(nn.Module):
+    """Attention over the paged cache: this rank's heads, then one all-reduce in o_proj."""
+
+    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads = HeadShard.of_rank(heads, kv_heads, communicator.rank, communicator.world_size)
+        self.scale = head_dim**-0.5
+        self.qkv_proj = QkvParallelLinear(
+            config.hidden_size, self.heads, total_heads=heads, total_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+        )
+        self.q_norm = RmsNorm(head_dim, config.rms_norm_eps, dtype=dtype)
+        self.k_norm = RmsNorm(head_dim, config.rms_norm_eps, dtype=dtype)
+        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, communicator, dtype=dtype)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerKvCache,
+        attention: PagedAttention,
+    ) -> torch.Tensor:
+        """(T, hidden size) -> the same; writes this step's keys and values into the cache."""
+        query, key, value = self.qkv_proj(hidden).split(
+            (self.heads.query_heads, self.heads.kv_heads, self.heads.kv_heads), dim=1
+        )
+        query = rotate(self.q_norm(query), *rotation)
+        key = rotate(self.k_norm(key), *rotation)
+        write_kv(key, value, cache, attention.kv_rows)
+        output = attention.attend(query, key, value, cache, self.scale)
+        return self.o_proj(output.flatten(1))
+
+
+class Qwen3Mlp(nn.Module):
+    """down(silu(gate(x)) * up(x)), split over the intermediate features."""
+
+    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size, intermediate_size, ("gate_proj", "up_proj"), communicator, dtype=dtype
+        )
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, communicator, dtype=dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, hidden size) -> the same."""
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """Attention and feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Qwen3Attention(config, communicator, dtype)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = Qwen3Mlp(config, communicator, dtype)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerKvCache,
+        attention: PagedAttention,
+    ) -> torch.Tensor:
+        """(T, hidden size), the residual stream, which is added to in place -> itself."""
+        hidden += self.self_attn(self.input_layernorm(hidden), rotation, cache, attention)
+        hidden += self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+class Qwen3Model(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
+        super().__init__()
+        shard = VocabShard.of_rank(config.vocab_size, communicator.rank, communicator.world_size)
+        self.dtype = dtype
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, shard, communicator, dtype=dtype
+        )
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, communicator, dtype) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerKvCache]) -> torch.Tensor:
+        """The final hidden states of the batch's sample rows: (R, hidden size)."""
+        attention = prepare_attention(batch, caches[0])
+        rotation = self.rotary(batch.positions, self.dtype)
+        hidden = self.embed_tokens(batch.token_ids)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden = layer(hidden, rotation, cache, attention)
+        return self.norm(hidden[batch.sample_rows])
+
+
+class Qwen3ForCausalLM(CausalLanguageModel):
+    """One rank's shard of the model; module names follow the checkpoint's."""
+
+    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
+        super().__init__(config, communicator)
+        self.model = Qwen3Model(config, communicator, dtype)
+        self.lm_head = ParallelLanguageModelHead(
+            config.vocab_size,
+            config.hidden_size,
+            self.vocab,
+            tied_to=self.model.embed_tokens.weight if config.tie_word_embeddings else None,
+            dtype=dtype,
+        )
+
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerKvCache]) -> torch.Tensor:
+        """This rank's logits of the batch's sample rows: (R, vocab_shard) float32."""
+        return self.lm_head(self.model(batch, caches))
