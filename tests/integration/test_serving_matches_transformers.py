@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.checkpoints import BASE, VARIANTS, make_checkpoint, random_prompts
 from support.oracle import Reference, TieLedger
 from support.scale import ORACLE_PROMPTS, ORACLE_TOKENS

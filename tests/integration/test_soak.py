@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from support.checkpoints import BASE, make_checkpoint
 from support.scale import SOAK_REQUESTS
 from tpmodel import AsyncClient, Client

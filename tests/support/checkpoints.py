@@ -54,7 +54,8 @@ def make_checkpoint(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-    model.to(dtype=dtype).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    torch.nn.Module.to(model, dtype=dtype)
+    model.save_pretrained(folder)
     write_tokenizer(folder, config.vocab_size)
     return folder
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
+
 from tpmodel import (
     AsyncClient,
     ChatMessage,

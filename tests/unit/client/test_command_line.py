@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from tpmodel.cli import main
 from tpmodel.cli.serve import ByteSize
 

@@ -1,0 +1,1 @@
+"""Measurements: each program prints a table, with peer and project in one run."""
