@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from google.protobuf.message import DecodeError
-from tpmodel.v1 import pod_pb2, worker_pb2
 
+from tpmodel.v1 import pod_pb2, worker_pb2
 from tpmodel_worker.arenas.errors import ArenaLinkError
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK, ArenaId
 from tpmodel_worker.framing import FrameTooLargeError, receive_message, send_message

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from tpmodel.v1 import worker_pb2
 
+from tpmodel.v1 import worker_pb2
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.arenas.identity import ArenaId

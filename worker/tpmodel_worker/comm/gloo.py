@@ -1,0 +1,154 @@
+"""Collectives among CPU ranks of different pods, through Gloo over TCP."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, Work
+
+from tpmodel_worker.comm.communicator import (
+    CollectiveArgumentError,
+    Communicator,
+    CommunicatorAbortedError,
+    CommunicatorError,
+)
+from tpmodel_worker.comm.meeting import Meeting
+from tpmodel_worker.comm.specification import CommunicatorSpec
+from tpmodel_worker.comm.torch_group import TorchGroup
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_SUMMED_TYPES = (torch.float32, torch.float64, torch.int64, *_HALF_TYPES)
+_POLL_SECONDS = 0.05
+
+
+class GlooCommunicator(Communicator):
+    """One rank's end of a private Gloo group; no default process group is made."""
+
+    def __init__(self, *, rank: int, world_size: int, epoch: int, group: TorchGroup, deadline_seconds: float):
+        self.name = "gloo"
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device("cpu")
+        self._epoch = epoch
+        self._deadline_seconds = deadline_seconds
+        self._group: TorchGroup | None = group
+        self._aborted = threading.Event()
+        self._reason = ""
+        self._wake = threading.Event()
+        self._unfinished: Work | None = None
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        if tensor.dtype not in _SUMMED_TYPES:
+            expected = ", ".join(str(dtype) for dtype in _SUMMED_TYPES)
+            raise CollectiveArgumentError(f"can't sum {tensor.dtype}: expected one of {expected}")
+        group = self._enter("all_reduce")
+        # Gloo rounds half types after every addition; everywhere else they are rounded once.
+        summed = tensor.float() if tensor.dtype in _HALF_TYPES else tensor
+        self._finish("all_reduce", group.allreduce([summed]))
+        if summed is not tensor:
+            tensor.copy_(summed)
+
+    def _all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        group = self._enter("all_gather")
+        gathered = torch.empty((self.world_size, *tensor.shape), dtype=tensor.dtype)
+        self._finish("all_gather", group.allgather([list(gathered.unbind(0))], [tensor]))
+        return gathered
+
+    def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        group = self._enter("broadcast")
+        options = BroadcastOptions()
+        options.rootRank = root
+        self._finish("broadcast", group.broadcast([tensor], options))
+
+    def abort(self, reason: str) -> None:
+        """Releases the computing thread; what Gloo has in flight ends by Gloo's own deadline. Idempotent."""
+        self._reason = self._reason or reason
+        self._aborted.set()
+        self._wake.set()
+
+    def close(self) -> None:
+        """Closes the connections. Idempotent."""
+        group, self._group = self._group, None
+        work, self._unfinished = self._unfinished, None
+        if group is not None and work is not None:
+            # A group that is taken apart waits for its collectives, and holds the interpreter's lock
+            # meanwhile. So it has to outlive them.
+            threading.Thread(target=_outlive, args=(group, work), daemon=True).start()
+
+    def _enter(self, operation: str) -> TorchGroup:
+        self._check_aborted(operation)
+        if self._group is None:
+            raise CommunicatorError(f"rank {self.rank}: the communicator of epoch {self._epoch} is closed")
+        if self._unfinished is not None:
+            raise CommunicatorError(f"rank {self.rank}: a collective of epoch {self._epoch} has failed before")
+        return self._group
+
+    def _finish(self, operation: str, work: Work | None) -> None:
+        assert work is not None, "Gloo always gives the work back"
+        wake = self._wake = threading.Event()
+        self._unfinished = work
+        work.get_future().add_done_callback(lambda _: wake.set())
+        # abort may have set the event of the collective before.
+        self._check_aborted(operation)
+        in_time = wake.wait(self._deadline_seconds)
+        self._check_aborted(operation)
+        where = f"rank {self.rank}: {operation} of epoch {self._epoch}"
+        if not in_time:
+            raise CommunicatorError(f"{where} did not end within {self._deadline_seconds} s")
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise CommunicatorError(f"{where}: {error}") from error
+        self._unfinished = None
+
+    def _check_aborted(self, operation: str) -> None:
+        if self._aborted.is_set():
+            raise CommunicatorAbortedError(
+                f"rank {self.rank}: {operation} of epoch {self._epoch} was aborted: {self._reason}"
+            )
+
+
+def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting) -> GlooCommunicator:
+    """Connects to all ranks, on the one interface that leads to the rendezvous.
+
+    Raises:
+        CommunicatorError: a rank could not be connected to.
+    """
+    address = _own_address(spec.rendezvous)
+    # Not in torch's stubs; without devices of its own Gloo listens where the host's name leads.
+    options: Any = cast("Any", ProcessGroupGloo)._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._threads = 1
+    options._timeout = timedelta(seconds=spec.deadline_seconds)
+    try:
+        group = ProcessGroupGloo(meeting.store, spec.rank, spec.world_size, options)
+    except RuntimeError as error:
+        raise CommunicatorError(f"no Gloo group on {address}: {error}") from error
+    return GlooCommunicator(
+        rank=spec.rank,
+        world_size=spec.world_size,
+        epoch=spec.epoch,
+        group=cast("TorchGroup", group),
+        deadline_seconds=spec.deadline_seconds,
+    )
+
+
+def _own_address(rendezvous: str) -> str:
+    """The address of this machine from which the rendezvous is reached; nothing is sent."""
+    host, _, port = rendezvous.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host.removeprefix("[").removesuffix("]"), int(port)))
+        return probe.getsockname()[0]
+
+
+def _outlive(group: TorchGroup, work: Work) -> None:
+    """Keeps the group until its last collective has ended, which Gloo's deadline sees to."""
+    while not work.is_completed():
+        time.sleep(_POLL_SECONDS)
+    del group
