@@ -1,0 +1,130 @@
+"""The paged KV cache of one rank: how large it may be, and its arena."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tpmodel.v1 import worker_pb2 as pb
+from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.arenas.host import free_host_bytes
+from tpmodel_worker.arenas.identity import ArenaId
+from tpmodel_worker.arenas.memory import Arena
+from tpmodel_worker.models.batch import LayerKvCache
+from tpmodel_worker.rank.errors import RequestError
+
+_HOST_FRACTION = 0.25
+_HOST_MOST_BYTES = 4 << 30
+_DEVICE_FRACTION = 0.9
+_SCRATCH_BLOCKS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What one token's K and V take on one rank."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def layer_block_bytes(self) -> int:
+        """Bytes of the keys of one block in one layer; the values take as many."""
+        return self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        return 2 * self.layers * self.layer_block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KvDemand:
+    """What bounds the number of blocks besides memory."""
+
+    kv_cache_bytes: int
+    """0: by what is free."""
+    max_num_seqs: int
+    max_model_len: int
+    activation_bytes: int
+    """Of the device's free memory, left for activations."""
+    ranks_on_host: int
+
+
+def available_blocks(shape: KvShape, demand: KvDemand, device: torch.device) -> int:
+    """Blocks that the cache can have beside its scratch block.
+
+    Without kv_cache_bytes never more than max_num_seqs sequences of max_model_len tokens need.
+
+    Raises:
+        RequestError: out of memory: the bytes do not hold one sequence of one block; names the numbers.
+    """
+    budget = demand.kv_cache_bytes or _free_bytes(demand, device)
+    blocks = budget // shape.block_bytes - _SCRATCH_BLOCKS
+    if blocks < 1:
+        least = (1 + _SCRATCH_BLOCKS) * shape.block_bytes
+        raise RequestError(
+            pb.ERROR_KIND_OUT_OF_MEMORY, f"a KV cache needs at least {least} bytes on each rank, {budget} are there"
+        )
+    if demand.kv_cache_bytes:
+        return blocks
+    return min(blocks, demand.max_num_seqs * -(-demand.max_model_len // shape.block_size))
+
+
+def _free_bytes(demand: KvDemand, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(0, int(_DEVICE_FRACTION * (free + cached)) - demand.activation_bytes)
+    return int(min(_HOST_FRACTION * free_host_bytes(), _HOST_MOST_BYTES)) // demand.ranks_on_host
+
+
+class KvCache:
+    """The kv arena and its views, by layer."""
+
+    def __init__(
+        self, shape: KvShape, num_blocks: int, *, rank: int, device: torch.device, arenas: ArenaClient
+    ) -> None:
+        """Makes the arena and hands it to the supervisor.
+
+        Raises:
+            ArenaMemoryError: it does not fit.
+            ArenaError: the device or the supervisor refused.
+        """
+        self.shape = shape
+        self.num_blocks = num_blocks
+        self._arenas = arenas
+        total = num_blocks + _SCRATCH_BLOCKS
+        self._arena = Arena.create(ArenaId(rank, "kv"), total * shape.block_bytes, device)
+        if device.type == "cuda":
+            # Masked attention multiplies what it must not see by 0: so it must be finite.
+            self._arena.bytes.zero_()
+        arenas.store(self._arena, pb.ArenaManifest())
+        dimensions = (total, shape.block_size, shape.kv_heads, shape.head_dim)
+        stride = total * shape.layer_block_bytes
+        parts = [self._arena.view(part * stride, dimensions, shape.dtype) for part in range(2 * shape.layers)]
+        self.layers: tuple[LayerKvCache, ...] = tuple(
+            LayerKvCache(keys=keys, values=values) for keys, values in zip(parts[::2], parts[1::2], strict=True)
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the arena."""
+        return self._arena.size
+
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies blocks, all layers; sources and targets: int64 on the device, of one length."""
+        for layer in self.layers:
+            for part in (layer.keys, layer.values):
+                part.index_copy_(0, targets, part.index_select(0, sources))
+
+    def close(self) -> int:
+        """Gives the memory back, here and at the supervisor; returns how many bytes. The views must be gone by then."""
+        size = self._arena.size
+        self.layers = ()
+        self._arena.close()
+        self._arenas.release(self._arena.id)
+        return size

@@ -1,0 +1,64 @@
+"""A rank process, from the fork to its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+import torch
+
+from tpmodel_worker import logs
+from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.rank.session import EpochGate
+from tpmodel_worker.rank.status import StatusBoard
+from tpmodel_worker.rank.worker import Worker
+from tpmodel_worker.settings import ServeSettings
+
+_LINK_LOST = 1
+
+_logger = logging.getLogger(__name__)
+
+
+def run_rank(settings: ServeSettings, rank: int) -> None:
+    """Serves as one rank until the engine shuts it down or the supervisor is gone.
+
+    The supervisor alone ends ranks: signals meant for the whole process group are ignored.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    logs.configure(f"rank {rank}", settings.log_format)
+    device = _device(settings, rank)
+    arenas = ArenaClient(settings.rank_socket)
+    threading.Thread(target=_end_with_supervisor, args=(arenas,), name="supervisor link", daemon=True).start()
+    gate = EpochGate()
+    status = StatusBoard(rank=rank, device=str(device), threads=torch.get_num_threads())
+    worker = Worker(rank=rank, device=device, arenas=arenas, gate=gate, status=status)
+
+    # After the fork, and so in this function.
+    from tpmodel_worker.rank.server import RankServer
+
+    server = RankServer(
+        address=settings.address, token=settings.token, worker=worker, gate=gate, status=status, arenas=arenas
+    )
+    port = server.start()
+    arenas.hello(rank, os.getpid(), port)
+    _logger.info("rank %d listens on %s:%d, device %s", rank, settings.address, port, device)
+    worker.run()
+    server.stop()
+
+
+def _device(settings: ServeSettings, rank: int) -> torch.device:
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _end_with_supervisor(arenas: ArenaClient) -> None:
+    """Ends the process, whatever its other threads are stuck in, when the supervisor's end of the link closes."""
+    arenas.wait_until_closed()
+    _logger.error("the supervisor is gone")
+    os._exit(_LINK_LOST)

@@ -1,0 +1,279 @@
+"""The model shard of a rank and the KV cache beside it: loaded, kept over epochs, and given back."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tpmodel.v1 import worker_pb2 as pb
+from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.loading.load import LoadedModel, load_model
+from tpmodel_worker.models.config import ConfigError, ModelConfig, parse_model_config
+from tpmodel_worker.rank.errors import RequestError
+from tpmodel_worker.rank.kv_cache import KvCache, KvDemand, KvShape, available_blocks
+from tpmodel_worker.rank.plan_check import PlanLimits
+from tpmodel_worker.rank.runner import StepRunner
+from tpmodel_worker.rank.sampling import Sampler
+from tpmodel_worker.rank.slots import SlotLimits, SlotTable
+
+Progress = Callable[[str, int, int], None]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOAD_FORMATS = ("safetensors", "dummy")
+# What libraries (NCCL, cuBLAS) and the allocator's rounding take beside the tensors below.
+_DEVICE_RESERVE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What must be equal for a loaded model to be kept."""
+
+    model_id: str
+    config_json: str
+    paths: tuple[str, ...]
+    quantization: str
+    load_format: str
+    dtype: str
+    dummy_seed: int
+    max_model_len: int
+    world_size: int
+
+
+@dataclass(slots=True)
+class _Shard:
+    identity: _Identity
+    loaded: LoadedModel
+    config: ModelConfig
+    kv_shape: KvShape
+    demand: KvDemand
+    request: pb.LoadDenseShardRequest
+    blocks_available: int = 0
+
+
+class ShardHolder:
+    """At most one model shard and its KV cache. Used by the computing thread only."""
+
+    def __init__(self, *, rank: int, device: torch.device, arenas: ArenaClient) -> None:
+        self._rank = rank
+        self._device = device
+        self._arenas = arenas
+        self._shard: _Shard | None = None
+        self._cache: KvCache | None = None
+
+    @property
+    def loaded(self) -> LoadedModel | None:
+        """The model, if there is one."""
+        return self._shard.loaded if self._shard is not None else None
+
+    @property
+    def model_id(self) -> str:
+        """Of the loaded model; empty without one."""
+        return self._shard.identity.model_id if self._shard is not None else ""
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks of the KV cache; 0 before ClearKvCache made one."""
+        return self._cache.num_blocks if self._cache is not None else 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache's arena."""
+        return self._cache.bytes if self._cache is not None else 0
+
+    def load(
+        self,
+        request: pb.LoadDenseShardRequest,
+        communicator: Communicator,
+        *,
+        ranks_on_host: int,
+        progress: Progress,
+    ) -> pb.LoadDenseShardOk:
+        """Loads the shard, or keeps the one that is loaded if it is the same, for this epoch's communicator.
+
+        Raises:
+            RequestError: the model or an argument is not supported, or no KV cache fits beside it.
+            CheckpointError, ArenaError, CommunicatorError: loading failed; nothing is loaded then.
+        """
+        started = time.perf_counter()
+        config, dtype_name = _parse(request, communicator.world_size)
+        identity = _Identity(
+            model_id=request.model_id,
+            config_json=request.config_json,
+            paths=tuple(request.safetensors_paths),
+            quantization=request.quantization,
+            load_format=request.load_format,
+            dtype=dtype_name,
+            dummy_seed=request.dummy_seed,
+            max_model_len=request.max_model_len,
+            world_size=communicator.world_size,
+        )
+        kept = self._shard is not None and self._shard.identity == identity
+        if not kept:
+            self.unload()
+            loaded = load_model(
+                config,
+                rank=self._rank,
+                world_size=communicator.world_size,
+                communicator=communicator,
+                device=self._device,
+                dtype=_DTYPES[dtype_name],
+                load_format=request.load_format,
+                paths=list(request.safetensors_paths),
+                dummy_seed=request.dummy_seed,
+                arenas=self._arenas,
+                model_id=request.model_id,
+                progress=progress,
+            )
+        else:
+            assert self._shard is not None
+            loaded = self._shard.loaded
+            loaded.model.use_communicator(communicator)
+        shard = self._describe(request, config, identity, loaded, ranks_on_host)
+        if kept and self._shard is not None and self._cache is not None and self._shard.demand == shard.demand:
+            # What is free now lacks what the cache itself took.
+            shard.blocks_available = self._shard.blocks_available
+        else:
+            shard.blocks_available = self._measure(shard)
+        self._shard = shard
+        return pb.LoadDenseShardOk(
+            bytes=loaded.bytes,
+            seconds=time.perf_counter() - started,
+            digest=loaded.digest,
+            bytes_read=0 if kept else loaded.bytes_read,
+            mapped=kept or loaded.mapped,
+            kv_blocks_available=shard.blocks_available,
+            kv_block_bytes=shard.kv_shape.block_bytes,
+        )
+
+    def _describe(
+        self,
+        request: pb.LoadDenseShardRequest,
+        config: ModelConfig,
+        identity: _Identity,
+        loaded: LoadedModel,
+        ranks_on_host: int,
+    ) -> _Shard:
+        model = loaded.model
+        shape = KvShape(
+            layers=model.num_layers,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            block_size=request.block_size,
+            dtype=_DTYPES[identity.dtype],
+        )
+        # Per token the residual stream and the widest layer's inputs and outputs; per row of logits a few copies.
+        token_bytes = 8 * config.hidden_size + 4 * config.intermediate_size // identity.world_size
+        demand = KvDemand(
+            kv_cache_bytes=request.kv_cache_bytes,
+            max_num_seqs=request.max_num_seqs,
+            max_model_len=config.max_model_len,
+            activation_bytes=_DEVICE_RESERVE_BYTES
+            + request.max_num_batched_tokens * token_bytes * shape.dtype.itemsize
+            + 4 * request.max_num_seqs * config.vocab_size * torch.float32.itemsize,
+            ranks_on_host=ranks_on_host,
+        )
+        return _Shard(identity=identity, loaded=loaded, config=config, kv_shape=shape, demand=demand, request=request)
+
+    def _measure(self, shard: _Shard) -> int:
+        self._drop_cache()
+        return available_blocks(shard.kv_shape, shard.demand, self._device)
+
+    def clear(self, num_blocks: int, communicator: Communicator) -> StepRunner:
+        """An empty cache of num_blocks (0: as it is) and empty slots, for this epoch's communicator.
+
+        Raises:
+            RequestError: no model is loaded, or there is no cache to keep.
+            ArenaError: the memory can't be had.
+        """
+        shard = self._shard
+        if shard is None:
+            raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, "no model is loaded: LoadDenseShard comes first")
+        wanted = num_blocks or self.kv_blocks
+        if wanted == 0:
+            raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, "num_blocks is 0 and there is no KV cache to keep")
+        if self._cache is None or self._cache.num_blocks != wanted or self._cache.shape != shard.kv_shape:
+            self._drop_cache()
+            self._cache = KvCache(shard.kv_shape, wanted, rank=self._rank, device=self._device, arenas=self._arenas)
+        return self._runner(shard, self._cache, communicator)
+
+    def _runner(self, shard: _Shard, cache: KvCache, communicator: Communicator) -> StepRunner:
+        request, model = shard.request, shard.loaded.model
+        limits = SlotLimits(
+            max_slots=request.max_num_seqs,
+            block_size=request.block_size,
+            max_blocks=-(-shard.config.max_model_len // request.block_size),
+            num_blocks=cache.num_blocks,
+        )
+        sampler = Sampler(
+            communicator,
+            vocab_size=shard.config.vocab_size,
+            vocab_start=model.vocab_start,
+            vocab_shard=model.vocab_shard,
+            max_slots=limits.max_slots,
+            device=self._device,
+        )
+        return StepRunner(
+            model=model,
+            cache=cache,
+            slots=SlotTable(limits, self._device),
+            sampler=sampler,
+            limits=PlanLimits(limits, shard.config.vocab_size, request.max_num_batched_tokens),
+            device=self._device,
+        )
+
+    def unload(self) -> int:
+        """Gives the memory of weights and KV cache back, here and at the supervisor; returns how many bytes.
+
+        The caller has dropped its StepRunner before.
+        """
+        freed = self._drop_cache()
+        shard, self._shard = self._shard, None
+        if shard is not None:
+            arena = shard.loaded.arena
+            freed += arena.size
+            # The parameters are views of the arena, and modules refer to each other in cycles.
+            del shard
+            gc.collect()
+            arena.close()
+            self._arenas.release(arena.id)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        return freed
+
+    def _drop_cache(self) -> int:
+        cache, self._cache = self._cache, None
+        return cache.close() if cache is not None else 0
+
+
+def _parse(request: pb.LoadDenseShardRequest, world_size: int) -> tuple[ModelConfig, str]:
+    """The checked config and the name of the dtype to compute in."""
+    if request.quantization:
+        raise RequestError(
+            pb.ERROR_KIND_UNSUPPORTED_MODEL, f"quantization {request.quantization!r} is not supported; supported: none"
+        )
+    if request.load_format not in _LOAD_FORMATS:
+        raise RequestError(
+            pb.ERROR_KIND_INVALID_ARGUMENT,
+            f"load_format {request.load_format!r} is not one of {', '.join(_LOAD_FORMATS)}",
+        )
+    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        if getattr(request, name) < 1:
+            raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"{name} is {getattr(request, name)}: at least 1")
+    try:
+        config = parse_model_config(
+            json.loads(request.config_json), world_size=world_size, max_model_len=request.max_model_len
+        )
+    except json.JSONDecodeError as error:
+        raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"config_json is not JSON: {error}") from error
+    except ConfigError as error:
+        raise RequestError(pb.ERROR_KIND_UNSUPPORTED_MODEL, str(error)) from error
+    dtype = request.dtype or config.dtype
+    if dtype not in _DTYPES:
+        raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    return config, dtype
