@@ -48,7 +48,7 @@ class CausalLanguageModel(nn.Module, ABC):
             columns that stand for no token.
         """
 
-    def use_communicator(self, communicator: Communicator) -> None:
+    def bind(self, communicator: Communicator) -> None:
         """Continues with the communicator of a new epoch.
 
         Raises:
