@@ -1,0 +1,247 @@
+"""One attempt at a world: sessions to all ranks, joined, checked, loaded and with an empty KV cache."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import grpc
+
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.engine.checkpoint import Checkpoint, read_checkpoint
+from tpmodel_worker.engine.errors import ConfigurationError, PoolError, RankFailure, WrongRankError
+from tpmodel_worker.engine.exchange import Patience
+from tpmodel_worker.engine.members import Membership
+from tpmodel_worker.engine.plans import PlanTimes
+from tpmodel_worker.engine.pool import Pool, PoolTimeouts
+from tpmodel_worker.engine.session import RankChannel
+from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+_STATUS_SECONDS = 5.0
+_JOIN_GRACE_SECONDS = 5.0
+"""What the engine waits beyond the time that ranks have to join: they say best themselves what failed."""
+_EPOCH_BITS = 32
+
+Stage = Literal["join", "load"]
+
+
+class BuildError(Exception):
+    """No world came of this attempt; everything it had opened is closed."""
+
+    def __init__(self, stage: Stage, error: PoolError) -> None:
+        super().__init__(str(error))
+        self.stage: Stage = stage
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltWorld:
+    """A world whose every rank has confirmed every step of the build."""
+
+    pool: Pool
+    num_blocks: int
+
+
+class WorldBuilder:
+    """Builds worlds, each at a new epoch."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        *,
+        status: EngineStatus,
+        wake: Callable[[], None],
+        timeouts: PoolTimeouts | None = None,
+    ) -> None:
+        """wake: given to every pool."""
+        self._settings = settings
+        self._status = status
+        self._wake = wake
+        self._timeouts = timeouts
+        self._times = PlanTimes(settings.step_deadline)
+        self._last_epoch = settings.attempt << _EPOCH_BITS
+
+    async def build(self, membership: Membership) -> BuiltWorld:
+        """Takes every rank through the build. Raises BuildError or ConfigurationError, with nothing left open."""
+        settings = self._settings
+        checkpoint = await asyncio.to_thread(read_checkpoint, Path(settings.model_path), settings.load_format)
+        channels = [RankChannel(endpoint, settings.token) for endpoint in membership.ranks]
+        pool: Pool | None = None
+        built = False
+        try:
+            self._last_epoch = await self._next_epoch(channels)
+            self._status.set_world(epoch=self._last_epoch)
+            self._status.set_rank_states("connected")
+            pool = Pool(
+                channels,
+                epoch=self._last_epoch,
+                instance_id=self._status.state.instance_id,
+                times=self._times,
+                wake=self._wake,
+                timeouts=self._timeouts,
+            )
+            await self._join(pool, membership)
+            num_blocks = await self._load(pool, checkpoint)
+            built = True
+            return BuiltWorld(pool, num_blocks)
+        finally:
+            if not built:
+                if pool is not None:
+                    await pool.abort("the world could not be built")
+                    await pool.close()
+                else:
+                    await asyncio.gather(*(channel.close() for channel in channels))
+
+    async def _next_epoch(self, channels: Sequence[RankChannel]) -> int:
+        """An epoch above every one that a rank or this engine has seen."""
+        answers = await asyncio.gather(*(_get_status(channel) for channel in channels))
+        failures = [answer for answer in answers if isinstance(answer, RankFailure)]
+        if failures:
+            raise BuildError("join", PoolError("get_status failed", ranks=failures))
+        highest = self._last_epoch
+        for answer in answers:
+            if isinstance(answer, worker_pb2.GetStatusResponse):
+                highest = max(highest, answer.epoch)
+                self._status.set_device(answer.rank, answer.device)
+        if highest >> _EPOCH_BITS != self._settings.attempt:
+            message = f"a rank has seen attempt {highest >> _EPOCH_BITS}; this engine is of {self._settings.attempt}"
+            raise BuildError("join", PoolError("the engine is outdated", engine=RuntimeError(message)))
+        return highest + 1
+
+    async def _join(self, pool: Pool, membership: Membership) -> None:
+        settings = self._settings
+        requests = [
+            worker_pb2.InitRequest(
+                rank=endpoint.rank,
+                world_size=pool.world_size,
+                rendezvous=membership.rendezvous,
+                rendezvous_id=f"epoch-{pool.epoch}",
+                timeout_seconds=settings.init_timeout,
+                pods=[other.pod for other in membership.ranks],
+                instance_id=self._status.state.instance_id,
+                communicator=settings.communicator,
+            )
+            for endpoint in membership.ranks
+        ]
+        patience = Patience(settings.init_timeout + _JOIN_GRACE_SECONDS)
+        try:
+            replies = await pool.control(requests, patience, collective=True)
+            await pool.sanity_check(patience)
+        except PoolError as error:
+            raise BuildError("join", error) from error
+        names = [reply.init_ok.communicator for reply in replies]
+        self._status.set_rank_states("initialised", names)
+        seconds = max(reply.init_ok.seconds for reply in replies)
+        logger.info("%d ranks joined by %s in %.2f s", pool.world_size, names[0], seconds, extra={"epoch": pool.epoch})
+
+    async def _load(self, pool: Pool, checkpoint: Checkpoint) -> int:
+        """Loads the shards and empties the caches; the KV blocks that every rank has."""
+        self._status.set_phase(worker_pb2.PHASE_LOADING)
+        self._status.set_rank_states("loading")
+        requests = [self._load_request(checkpoint)] * pool.world_size
+        patience = Patience(self._settings.progress_deadline, progress_counts=True)
+        try:
+            replies = await pool.control(requests, patience, on_progress=LoadProgress(self._status, pool.world_size))
+        except PoolError as error:
+            if pool.error is None:
+                await _drop_shards(pool)
+            raise BuildError("load", error) from error
+        loaded = [reply.load_dense_shard_ok for reply in replies]
+        for rank, shard in enumerate(loaded):
+            logger.info(
+                "rank %d %s %d bytes in %.2f s (%d read), digest %016x, KV cache of up to %d blocks",
+                rank,
+                "mapped" if shard.mapped else "loaded",
+                shard.bytes,
+                shard.seconds,
+                shard.bytes_read,
+                shard.digest,
+                shard.kv_blocks_available,
+                extra={"epoch": pool.epoch, "rank": rank},
+            )
+        num_blocks = min(shard.kv_blocks_available for shard in loaded)
+        self._check_capacity(num_blocks, loaded[0].kv_block_bytes)
+        try:
+            await pool.clear_kv_cache(num_blocks)
+        except PoolError as error:
+            raise BuildError("load", error) from error
+        self._status.set_rank_states("ready")
+        self._status.set_world(block_size=self._settings.block_size, kv_blocks=num_blocks)
+        return num_blocks
+
+    def _load_request(self, checkpoint: Checkpoint) -> worker_pb2.LoadDenseShardRequest:
+        settings = self._settings
+        return worker_pb2.LoadDenseShardRequest(
+            model_id=settings.model_id,
+            config_json=checkpoint.config_json,
+            safetensors_paths=checkpoint.safetensors_paths,
+            load_format=settings.load_format,
+            dtype=settings.dtype,
+            dummy_seed=settings.dummy_seed,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            block_size=settings.block_size,
+            kv_cache_bytes=settings.kv_cache_bytes,
+        )
+
+    def _check_capacity(self, num_blocks: int, block_bytes: int) -> None:
+        settings = self._settings
+        tokens = num_blocks * settings.block_size
+        if num_blocks == 0:
+            raise ConfigurationError(
+                f"no room for the KV cache: a block of {settings.block_size} tokens takes {block_bytes} bytes of each "
+                f"rank; raise the KV cache's memory (now {settings.kv_cache_bytes or 'what is free'})"
+            )
+        if tokens < settings.max_model_len:
+            logger.warning(
+                "the KV cache holds %d tokens (%d blocks of %d), less than the context of %d: requests that need more "
+                "are refused",
+                tokens,
+                num_blocks,
+                settings.block_size,
+                settings.max_model_len,
+            )
+
+
+class LoadProgress:
+    """Turns the ranks' progress messages into the world's."""
+
+    def __init__(self, status: EngineStatus, world_size: int) -> None:
+        self._status = status
+        self._world_size = world_size
+        self._seen: dict[int, worker_pb2.Progress] = {}
+
+    def __call__(self, rank: int, progress: worker_pb2.Progress) -> None:
+        """Takes one message; only bytes of weights count."""
+        if progress.what != "weights" or not progress.total_bytes:
+            return
+        self._seen[rank] = progress
+        done = sum(entry.done_bytes for entry in self._seen.values())
+        # Shards are of nearly the same size: those not heard of yet count as the others.
+        total = sum(entry.total_bytes for entry in self._seen.values()) * self._world_size // len(self._seen)
+        self._status.set_progress(rank, 100.0 * progress.done_bytes / progress.total_bytes, done, total)
+
+
+async def _get_status(channel: RankChannel) -> worker_pb2.GetStatusResponse | RankFailure:
+    try:
+        return await channel.get_status(_STATUS_SECONDS)
+    except grpc.aio.AioRpcError as error:
+        return RankFailure(channel.endpoint.rank, f"does not answer GetStatus ({error.code().name}: {error.details()})")
+    except WrongRankError as error:
+        return RankFailure(channel.endpoint.rank, str(error))
+
+
+async def _drop_shards(pool: Pool) -> None:
+    """After a failed load: the ranks that did load must not keep a shard that nobody will use."""
+    try:
+        await pool.unload()
+    except PoolError as error:
+        logger.info("not every rank had a shard to drop: %s", error, extra={"epoch": pool.epoch})

@@ -1,0 +1,170 @@
+"""The serving loop: plans to the ranks, rank 0's tokens to whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+
+from tpmodel_worker.engine.errors import PoolError
+from tpmodel_worker.engine.metrics import EngineMetrics
+from tpmodel_worker.engine.pool import Pool
+from tpmodel_worker.engine.requests import ProtocolError, Request, SequenceOutput
+from tpmodel_worker.engine.scheduler import Scheduler
+from tpmodel_worker.engine.status import COUNTER_SECONDS, EngineStatus
+
+logger = logging.getLogger(__name__)
+
+UNAVAILABLE = 14
+"""google.rpc.Code of a request that another gang, or this one later, may serve."""
+
+Sink = Callable[[Sequence[SequenceOutput]], None]
+
+
+class ServingLoop:
+    """Keeps two plans outstanding while there is work.
+
+    One pass commits the replies that have come, makes and sends plans, and only then hands the outputs
+    on: nothing stands between a reply and the next plan.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        scheduler: Scheduler,
+        *,
+        wake: asyncio.Event,
+        sink: Sink,
+        status: EngineStatus,
+        metrics: EngineMetrics,
+    ) -> None:
+        """wake: set by the pool, and by whoever hands requests in; sink gets every output."""
+        self._pool = pool
+        self._scheduler = scheduler
+        self._wake = wake
+        self._sink = sink
+        self._status = status
+        self._metrics = metrics
+        self._stopping = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._prefix = (0, 0)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def submit(self, request: Request) -> None:
+        """Takes a request; it waits for at most the plans already sent. Raises RefusedError."""
+        self._scheduler.submit(request)
+        self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
+        self._idle.clear()
+        self._wake.set()
+
+    def cancel(self, key: Hashable, sample_index: int | None = None) -> bool:
+        """Ends a request or one sample without output; its blocks go with the next plan. False: not live."""
+        cancelled = self._scheduler.cancel(key, sample_index)
+        self._wake.set()
+        return cancelled
+
+    async def run(self) -> PoolError | None:
+        """Serves until a fault ends the world (returned) or stop() is called (None)."""
+        publisher = asyncio.create_task(self._publish(), name="counters")
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if self._pool.error is not None:
+                    return await self._pool.failed()
+                outputs = self._step()
+                if outputs:
+                    self._sink(outputs)
+                self._set_timer()
+                if not self._scheduler.has_work:
+                    self._idle.set()
+                await self._wake.wait()
+            return None
+        finally:
+            publisher.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._publish_once()
+
+    def stop(self) -> None:
+        """Makes run() return; plans outstanding are left to settle()."""
+        self._stopping = True
+        self._wake.set()
+
+    def fail_all(self, message: str) -> None:
+        """Ends every live request with UNAVAILABLE."""
+        self._sink(self._scheduler.fail_all(UNAVAILABLE, message))
+
+    async def idle(self, timeout: float) -> bool:
+        """Waits until no request is live; False when that is not so in time."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    def _step(self) -> list[SequenceOutput]:
+        outputs: list[SequenceOutput] = []
+        for seq, reply in self._pool.take_replies():
+            try:
+                outputs += self._scheduler.commit(seq, reply)
+            except ProtocolError as error:
+                self._pool.fault("an answer does not fit the plans", error)
+                break
+            self._metrics.step_seconds.observe(reply.seconds)
+        self._send_plans()
+        outputs += self._scheduler.take_outputs()
+        deadline = self._scheduler.next_deadline
+        if deadline is not None and deadline <= time.time():
+            outputs += self._scheduler.expire(time.time())
+        tokens = sum(len(output.token_ids) for output in outputs)
+        if tokens:
+            self._metrics.generated_tokens.inc(tokens)
+        return outputs
+
+    def _send_plans(self) -> None:
+        while self._pool.may_send_plan:
+            begun = time.thread_time()
+            plan = self._scheduler.next_plan(self._pool.next_seq)
+            if plan is None:
+                return
+            spent = time.thread_time() - begun
+            size = self._pool.send_plan(plan)
+            self._metrics.plan_seconds.observe(spent)
+            self._metrics.plan_bytes.observe(size)
+
+    def _set_timer(self) -> None:
+        """Wakes the loop at the earliest deadline of a request."""
+        deadline = self._scheduler.next_deadline
+        if deadline is None or deadline == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = deadline
+        delay = max(deadline - time.time(), 0.0)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer)
+
+    def _on_timer(self) -> None:
+        # The two clocks may differ by a little: a deadline that is not past yet is timed again.
+        self._timer_at = 0.0
+        self._wake.set()
+
+    async def _publish(self) -> None:
+        while True:
+            self._publish_once()
+            await asyncio.sleep(COUNTER_SECONDS)
+
+    def _publish_once(self) -> None:
+        scheduler = self._scheduler
+        used = scheduler.blocks_used
+        self._status.set_counters(running=scheduler.running, waiting=scheduler.waiting, kv_blocks_used=used)
+        metrics = self._metrics
+        metrics.requests_running.set(scheduler.running)
+        metrics.requests_waiting.set(scheduler.waiting)
+        metrics.kv_cache_usage.set(used / scheduler.blocks_total)
+        queries, hits = self._prefix
+        self._prefix = (scheduler.prefix_queries, scheduler.prefix_hits)
+        metrics.prefix_queries.inc(self._prefix[0] - queries)
+        metrics.prefix_hits.inc(self._prefix[1] - hits)

@@ -1,0 +1,102 @@
+"""Who has registered: the pods of the gang and their ranks."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.engine.session import RankEndpoint
+
+
+class RegistrationError(Exception):
+    """A pod that can't belong to this gang."""
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A complete gang: every rank's address, by rank, and the store that they meet at."""
+
+    version: int
+    ranks: tuple[RankEndpoint, ...]
+    rendezvous: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Pod:
+    endpoints: tuple[RankEndpoint, ...]
+    rendezvous: str
+
+
+class Members:
+    """The latest registration of every pod. Its version rises with each change."""
+
+    def __init__(self, world_size: int, attempt: int) -> None:
+        self._world_size = world_size
+        self._attempt = attempt
+        self._pods: dict[str, _Pod] = {}
+        self._changed = asyncio.Event()
+        self.version = 0
+
+    def register(self, request: worker_pb2.RegisterRequest) -> bool:
+        """Takes a pod's registration; True when it changes anything. Raises RegistrationError."""
+        if request.attempt != self._attempt:
+            raise RegistrationError(
+                f"this engine is of attempt {self._attempt}, the pod is of attempt {request.attempt}"
+            )
+        beyond = [str(rank.rank) for rank in request.ranks if rank.rank >= self._world_size]
+        if beyond:
+            raise RegistrationError(f"rank {', '.join(beyond)} is outside a world of {self._world_size}")
+        endpoints = tuple(
+            RankEndpoint(rank.rank, request.address, rank.port, request.pod_uid, rank.pid)
+            for rank in sorted(request.ranks, key=lambda entry: entry.rank)
+        )
+        if len({endpoint.rank for endpoint in endpoints}) != len(endpoints):
+            raise RegistrationError("a rank is named twice")
+        pod = _Pod(endpoints, request.rendezvous)
+        if self._pods.get(request.pod_uid) == pod:
+            return False
+        # The pod that a rank moved away from is gone, even if nobody has said so.
+        claimed = {endpoint.rank for endpoint in endpoints}
+        for uid, other in list(self._pods.items()):
+            if any(endpoint.rank in claimed for endpoint in other.endpoints):
+                del self._pods[uid]
+        self._pods[request.pod_uid] = pod
+        self.version += 1
+        self._changed.set()
+        return True
+
+    @property
+    def endpoints(self) -> dict[int, RankEndpoint]:
+        """The registered ranks."""
+        return {endpoint.rank: endpoint for pod in self._pods.values() for endpoint in pod.endpoints}
+
+    @property
+    def missing(self) -> list[str]:
+        """What the world still waits for, in words."""
+        known = self.endpoints
+        absent = [f"rank {rank}" for rank in range(self._world_size) if rank not in known]
+        return absent if self._rendezvous else [*absent, "the rendezvous store"]
+
+    @property
+    def complete(self) -> Membership | None:
+        """The whole gang, or None while something is missing."""
+        if self.missing:
+            return None
+        known = self.endpoints
+        return Membership(self.version, tuple(known[rank] for rank in range(self._world_size)), self._rendezvous)
+
+    async def changed(self, since: int, timeout: float) -> bool:
+        """Waits until the version is above `since`; False when it is not in time."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.version <= since:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @property
+    def _rendezvous(self) -> str:
+        return next((pod.rendezvous for pod in self._pods.values() if pod.rendezvous), "")

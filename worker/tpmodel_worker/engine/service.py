@@ -1,0 +1,155 @@
+"""The engine as a whole: its servers, its world, and how they end together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from typing import ClassVar
+
+import grpc
+
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.engine.build import WorldBuilder
+from tpmodel_worker.engine.control import GangService, start_control_server
+from tpmodel_worker.engine.front import Front, Key
+from tpmodel_worker.engine.loop import UNAVAILABLE
+from tpmodel_worker.engine.members import Members
+from tpmodel_worker.engine.metrics import EngineMetrics
+from tpmodel_worker.engine.pool import PoolTimeouts
+from tpmodel_worker.engine.report import SupervisorLink
+from tpmodel_worker.engine.requests import RefusedError, Request
+from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.engine.world import NOT_BUILT, World
+from tpmodel_worker.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 10.0
+
+
+class UnavailableError(RefusedError):
+    """There is no world that takes requests now."""
+
+    code: ClassVar[int] = UNAVAILABLE
+
+
+class Engine:
+    """One engine process's parts: start(), wait(), stop()."""
+
+    def __init__(self, settings: ServeSettings, *, timeouts: PoolTimeouts | None = None) -> None:
+        self._settings = settings
+        self.instance_id = uuid.uuid4().hex
+        self.status = EngineStatus(self.instance_id, settings.world_size, settings.model_id, settings.max_model_len)
+        self._wake = asyncio.Event()
+        self._members = Members(settings.world_size, settings.attempt)
+        self._front = Front(settings.front_socket, self, self.status)
+        self.world = World(
+            settings,
+            WorldBuilder(settings, status=self.status, wake=self._wake.set, timeouts=timeouts),
+            self._members,
+            wake=self._wake,
+            sink=self._front.deliver,
+            status=self.status,
+            metrics=EngineMetrics(),
+        )
+        self._link = SupervisorLink(settings.report_socket, self.status, self.drain)
+        self._control: grpc.aio.Server | None = None
+        self._world_task: asyncio.Task[None] | None = None
+        self._link_task: asyncio.Task[None] | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+        self.control_port = settings.control_port
+
+    async def start(self) -> None:
+        """Opens the front socket and the control port, and begins to form the world."""
+        settings = self._settings
+        await self._front.start()
+        service = GangService(
+            self.instance_id, self._members, self._show_members, lambda: self.drain(settings.drain_timeout)
+        )
+        self._control, self.control_port = await start_control_server(
+            settings.address, settings.control_port, settings.token, service
+        )
+        self._link_task = asyncio.create_task(self._link.run(), name="supervisor link")
+        self._world_task = asyncio.create_task(self.world.run(), name="world")
+
+    async def wait(self, stopped: asyncio.Event) -> None:
+        """Returns when `stopped` is set; a failed world is only reported. Raises what broke the engine itself."""
+        stopping = asyncio.create_task(stopped.wait())
+        watched: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopping}
+        watched |= {task for task in (self._world_task, self._link_task) if task is not None}
+        try:
+            while stopping in watched:
+                done, watched = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if not task.cancelled():
+                        task.result()
+        finally:
+            stopping.cancel()
+
+    def drain(self, timeout: float) -> None:
+        """Refuses new requests from now on, and ends the world once running ones are done or time is up."""
+        if self._drain_task is None:
+            self._drain_task = asyncio.create_task(self._drain(timeout), name="drain")
+
+    async def stop(self) -> None:
+        """Ends everything at once: requests fail, ranks hear Bye. Bounded, idempotent."""
+        for task in (self._drain_task, self._link_task):
+            if task is not None:
+                task.cancel()
+        if self.world.loop is not None:
+            self.world.loop.fail_all("the engine was stopped")
+        await self._end_world()
+        await self._front.stop()
+        if self._control is not None:
+            await self._control.stop(grace=0)
+        remaining = [task for task in (self._drain_task, self._link_task) if task is not None]
+        await asyncio.gather(*remaining, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def submit(self, request: Request) -> None:
+        """Takes a request of an api process. Raises RefusedError."""
+        if self._drain_task is not None:
+            raise UnavailableError("draining: this gang takes no new requests")
+        if self.world.loop is None:
+            state = self.status.state
+            detail = f": {state.cause}" if state.cause else ""
+            raise UnavailableError(f"{NOT_BUILT}{detail}")
+        self.world.loop.submit(request)
+
+    def cancel(self, key: Key, sample_index: int | None = None) -> bool:
+        """Ends a request or one sample of it; False where it was not live."""
+        return self.world.loop is not None and self.world.loop.cancel(key, sample_index)
+
+    # ---------------------------------------------------------------------------------------- ends
+
+    async def _drain(self, timeout: float) -> None:
+        logger.info("draining: running requests have %.0f s", timeout)
+        if self.status.phase != worker_pb2.PHASE_FAILED:
+            self.status.set_phase(worker_pb2.PHASE_DRAINING)
+        loop = self.world.loop
+        if loop is not None and not await loop.idle(timeout):
+            logger.warning("the drain's %.0f s are over: ending what still runs", timeout)
+            loop.fail_all("draining: the gang's time is up")
+        await self._end_world()
+        if self.status.phase != worker_pb2.PHASE_FAILED:
+            self.status.set_phase(worker_pb2.PHASE_DRAINED)
+
+    async def _end_world(self) -> None:
+        """Stops serving, or forming; the ranks hear Bye."""
+        task = self._world_task
+        if task is None:
+            return
+        if self.world.loop is not None:
+            self.world.stop()
+        elif not self.world.built:
+            task.cancel()
+        await asyncio.wait([task], timeout=_CLOSE_SECONDS)
+        await self.world.close()
+
+    def _show_members(self) -> None:
+        self.status.set_members(
+            worker_pb2.RankState(rank=endpoint.rank, pid=endpoint.pid, pod=endpoint.pod, state="connected")
+            for endpoint in self._members.endpoints.values()
+        )

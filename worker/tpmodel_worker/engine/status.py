@@ -1,0 +1,134 @@
+"""The engine's account of itself, and who is told when it changes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+from tpmodel.v1 import worker_pb2
+
+COUNTER_SECONDS = 0.1
+"""Changes of counters are told at most this often."""
+MAX_FAULTS = 16
+_MAX_CAUSE = 2000
+
+Listener = Callable[[worker_pb2.EngineState], None]
+
+
+class EngineStatus:
+    """Holds the EngineState and tells listeners: changes at once, counters every 100 ms."""
+
+    def __init__(self, instance_id: str, world_size: int, model_id: str, max_model_len: int) -> None:
+        self._state = worker_pb2.EngineState(
+            instance_id=instance_id,
+            phase=worker_pb2.PHASE_FORMING,
+            world_size=world_size,
+            model_id=model_id,
+            max_model_len=max_model_len,
+            ranks=[worker_pb2.RankState(rank=rank, state="missing") for rank in range(world_size)],
+        )
+        self._listeners: list[Listener] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def state(self) -> worker_pb2.EngineState:
+        """The live state: read it, change it only through the methods."""
+        return self._state
+
+    @property
+    def phase(self) -> worker_pb2.Phase.ValueType:
+        """Where the world is in its life."""
+        return self._state.phase
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Tells the listener the present state and every change; returns what ends that."""
+        self._listeners.append(listener)
+        listener(self._state)
+        return lambda: self._listeners.remove(listener)
+
+    def set_phase(self, phase: worker_pb2.Phase.ValueType, *, exit_code: int = 0, cause: str = "") -> None:
+        """Enters a phase; exit_code and cause belong to PHASE_FAILED."""
+        self._state.phase = phase
+        self._state.exit_code = exit_code
+        self._state.cause = cause[:_MAX_CAUSE]
+        self._tell()
+
+    def set_world(self, *, epoch: int | None = None, block_size: int = 0, kv_blocks: int = 0) -> None:
+        """What the present world is made of."""
+        if epoch is not None:
+            self._state.epoch = epoch
+        if kv_blocks:
+            self._state.block_size = block_size
+            self._state.kv_blocks_total = kv_blocks
+        self._tell()
+
+    def set_members(self, members: Iterable[worker_pb2.RankState]) -> None:
+        """The ranks that are registered; all others are missing. States of unchanged ranks stay."""
+        present = {member.rank: member for member in members}
+        for known in self._state.ranks:
+            member = present.get(known.rank)
+            if member is None:
+                known.CopyFrom(worker_pb2.RankState(rank=known.rank, state="missing"))
+            elif (known.pid, known.pod) != (member.pid, member.pod) or known.state == "missing":
+                known.CopyFrom(member)
+        self._count_ready()
+        self._tell()
+
+    def set_rank_states(self, state: str, communicators: Iterable[str] = ()) -> None:
+        """Puts every registered rank in a state; communicators: by rank, where they are known now."""
+        names = list(communicators)
+        for member in self._state.ranks:
+            if member.state != "missing":
+                member.state = state
+                if names:
+                    member.communicator = names[member.rank]
+        self._count_ready()
+        self._tell()
+
+    def set_device(self, rank: int, device: str) -> None:
+        """The device that a rank says it has."""
+        self._state.ranks[rank].device = device
+
+    def set_progress(self, rank: int, percent: float, done_bytes: int, total_bytes: int) -> None:
+        """How far a rank's load is, and all ranks' together in bytes."""
+        self._state.ranks[rank].load_percent = percent
+        self._state.load_done_bytes = done_bytes
+        self._state.load_total_bytes = total_bytes
+        self._state.load_percent = 100.0 * done_bytes / total_bytes if total_bytes else 0.0
+        self._tell_soon()
+
+    def set_weight_version(self, version: int) -> None:
+        """The version of the weights being served."""
+        self._state.weight_version = version
+        self._tell()
+
+    def set_counters(self, *, running: int, waiting: int, kv_blocks_used: int) -> None:
+        """What the scheduler has in hand."""
+        state = self._state
+        if (state.running, state.waiting, state.kv_blocks_used) != (running, waiting, kv_blocks_used):
+            state.running, state.waiting, state.kv_blocks_used = running, waiting, kv_blocks_used
+            self._tell_soon()
+
+    def add_fault(self, kind: str, message: str) -> None:
+        """Remembers a fault; the last 16 are kept."""
+        fault = worker_pb2.Fault(
+            unix_seconds=time.time(), epoch=self._state.epoch, kind=kind, message=message[:_MAX_CAUSE]
+        )
+        self._state.last_faults.append(fault)
+        del self._state.last_faults[:-MAX_FAULTS]
+        self._tell()
+
+    def _count_ready(self) -> None:
+        self._state.ready_ranks = sum(member.state == "ready" for member in self._state.ranks)
+
+    def _tell_soon(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(COUNTER_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for listener in list(self._listeners):
+            listener(self._state)

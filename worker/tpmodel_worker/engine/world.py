@@ -1,0 +1,201 @@
+"""The life of the world: forming, loading, serving, failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.engine.build import BuildError, BuiltWorld, WorldBuilder
+from tpmodel_worker.engine.errors import ConfigurationError, PoolError
+from tpmodel_worker.engine.loop import ServingLoop, Sink
+from tpmodel_worker.engine.members import Members, Membership
+from tpmodel_worker.engine.metrics import EngineMetrics
+from tpmodel_worker.engine.scheduler import Scheduler, SchedulerConfig
+from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.exit_codes import ExitCode
+from tpmodel_worker.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+NOT_BUILT = "world not built yet"
+MAX_LOAD_ATTEMPTS = 3
+_FIRST_BACKOFF_SECONDS = 0.2
+_LONGEST_BACKOFF_SECONDS = 5.0
+_WARN_SECONDS = 10.0
+# What no second attempt changes: a person has to change the model, the checkpoint or the settings.
+_CONFIGURATION_KINDS = frozenset(
+    {
+        worker_pb2.ERROR_KIND_UNSUPPORTED_MODEL,
+        worker_pb2.ERROR_KIND_BAD_CHECKPOINT,
+        worker_pb2.ERROR_KIND_INVALID_ARGUMENT,
+    }
+)
+
+
+class World:
+    """Forms the world whenever every rank is there, serves with it, and says so when it is lost for good.
+
+    A world is built only of complete gangs, and is built when every rank has confirmed all of it. What
+    fails before that is tried again: at once when a registration changes, else with growing pauses.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        builder: WorldBuilder,
+        members: Members,
+        *,
+        wake: asyncio.Event,
+        sink: Sink,
+        status: EngineStatus,
+        metrics: EngineMetrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """wake: the event that the builder's pools set; sink: takes the outputs of requests."""
+        self._settings = settings
+        self._builder = builder
+        self._members = members
+        self._wake = wake
+        self._sink = sink
+        self._status = status
+        self._metrics = metrics
+        self._clock = clock
+        self._building = asyncio.Lock()
+        self._built: BuiltWorld | None = None
+        self._loop: ServingLoop | None = None
+        self._load_attempts = 0
+
+    @property
+    def loop(self) -> ServingLoop | None:
+        """Where requests go; None while there is no world."""
+        return self._loop
+
+    @property
+    def built(self) -> bool:
+        """True from every rank's confirmation to the end of the world."""
+        return self._built is not None
+
+    async def run(self) -> None:
+        """Forms and serves; returns after stop(), or when the world has failed for good (PHASE_FAILED)."""
+        built = await self._form()
+        if built is None:
+            return
+        error = await self._serve(built)
+        if error is not None:
+            self._note_fault(error)
+            self._fail(ExitCode.RESTART_GANG, f"the serving world failed: {error}")
+            await self.close()
+
+    async def build(self, membership: Membership) -> BuiltWorld:
+        """Builds the world of these members; where one is built, that one. Raises BuildError, ConfigurationError."""
+        async with self._building:
+            if self._built is None:
+                self._built = await self._builder.build(membership)
+            return self._built
+
+    def stop(self) -> None:
+        """Ends serving; the ranks stay until close()."""
+        if self._loop is not None:
+            self._loop.stop()
+
+    async def close(self) -> None:
+        """Says Bye to the ranks of a built world; bounded, idempotent."""
+        built, self._built, self._loop = self._built, None, None
+        if built is not None:
+            await built.pool.shutdown()
+
+    # ------------------------------------------------------------------------------------- forming
+
+    async def _form(self) -> BuiltWorld | None:
+        """Waits for members and builds, until that succeeds; None when no further attempt is worth it."""
+        backoff = _FIRST_BACKOFF_SECONDS
+        warned = ""
+        while True:
+            self._status.set_phase(worker_pb2.PHASE_FORMING)
+            membership = self._members.complete
+            if membership is None:
+                missing = ", ".join(self._members.missing)
+                if missing != warned:
+                    logger.warning("%s: waiting for %s", NOT_BUILT, missing)
+                    warned = missing
+                await self._members.changed(self._members.version, _WARN_SECONDS)
+                continue
+            warned = ""
+            try:
+                return await self.build(membership)
+            except ConfigurationError as error:
+                self._fail(ExitCode.CONFIGURATION, str(error))
+                return None
+            except BuildError as error:
+                if self._give_up(error):
+                    return None
+            logger.warning("%s: trying again in %.1f s, or when a registration changes", NOT_BUILT, backoff)
+            changed = await self._members.changed(membership.version, backoff)
+            backoff = _FIRST_BACKOFF_SECONDS if changed else min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
+
+    def _give_up(self, failure: BuildError) -> bool:
+        """Judges a failed build: True when the world has failed for good."""
+        error = failure.error
+        logger.warning("the world could not be built: %s", error, extra={"epoch": self._status.state.epoch})
+        self._note_fault(error)
+        if error.kinds & _CONFIGURATION_KINDS:
+            self._fail(ExitCode.CONFIGURATION, str(error))
+            return True
+        if failure.stage == "join":
+            return False
+        self._load_attempts += 1
+        if isinstance(error.engine, TimeoutError):
+            seconds = self._settings.progress_deadline
+            self._fail(ExitCode.RESTART_GANG, f"loading made no progress for {seconds:g} s: {error}")
+            return True
+        if self._load_attempts >= MAX_LOAD_ATTEMPTS:
+            self._fail(ExitCode.RESTART_GANG, f"loading failed {self._load_attempts} times, last: {error}")
+            return True
+        return False
+
+    # ------------------------------------------------------------------------------------- serving
+
+    async def _serve(self, built: BuiltWorld) -> PoolError | None:
+        settings = self._settings
+        config = SchedulerConfig(
+            num_blocks=built.num_blocks,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=settings.max_model_len,
+            queue_limit=settings.queue_limit,
+            prefix_cache=settings.prefix_cache,
+        )
+        scheduler = Scheduler(config, clock=self._clock, weight_version=self._status.state.weight_version)
+        loop = ServingLoop(
+            built.pool, scheduler, wake=self._wake, sink=self._sink, status=self._status, metrics=self._metrics
+        )
+        self._loop = loop
+        self._metrics.epoch.set(built.pool.epoch)
+        self._status.set_phase(worker_pb2.PHASE_SERVING)
+        logger.info(
+            "serving %s on %d ranks: %d KV blocks of %d tokens",
+            settings.served_name,
+            built.pool.world_size,
+            built.num_blocks,
+            settings.block_size,
+            extra={"epoch": built.pool.epoch},
+        )
+        error = await loop.run()
+        self._loop = None
+        if error is not None:
+            loop.fail_all(f"{NOT_BUILT}: the world failed")
+        return error
+
+    # ---------------------------------------------------------------------------------------- ends
+
+    def _note_fault(self, error: PoolError) -> None:
+        self._metrics.faults.labels(error.fault_kind).inc()
+        self._status.add_fault(error.fault_kind, str(error))
+
+    def _fail(self, code: ExitCode, cause: str) -> None:
+        logger.error("the world has failed: %s", cause, extra={"epoch": self._status.state.epoch, "cause": cause})
+        self._status.set_phase(worker_pb2.PHASE_FAILED, exit_code=code, cause=cause)
