@@ -133,7 +133,7 @@ class ShardHolder:
         else:
             assert self._shard is not None
             loaded = self._shard.loaded
-            loaded.model.use_communicator(communicator)
+            loaded.model.bind(communicator)
         shard = self._describe(request, config, identity, loaded, ranks_on_host)
         if kept and self._shard is not None and self._cache is not None and self._shard.demand == shard.demand:
             # What is free now lacks what the cache itself took.

@@ -1,0 +1,106 @@
+"""Real ranks, real gRPC sessions: greedy output against transformers, with two plans outstanding."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.checkpoints import make_checkpoint, random_prompts
+from support.oracle import Reference, TieLedger
+from support.rank_gang import RankGang, World, admission, new_world
+from tpmodel.v1 import worker_pb2 as pb
+
+BLOCK = 8
+VOCABULARY = 523  # not divisible by 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def gang(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGang]:
+    gang = RankGang(tmp_path_factory.mktemp("gang"), request.param)
+    yield gang
+    gang.close()
+
+
+@pytest.fixture
+async def world(gang: RankGang, checkpoint: Path) -> AsyncIterator[World]:
+    load = pb.LoadDenseShardRequest(
+        model_id="test",
+        config_json=(checkpoint / "config.json").read_text(),
+        safetensors_paths=[str(checkpoint / "model.safetensors")],
+        load_format="safetensors",
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=128,
+        block_size=BLOCK,
+        kv_cache_bytes=8 << 20,
+    )
+    async with new_world(gang) as world:
+        await world.build(load)
+        yield world
+
+
+class Sequences:
+    """Plans for some prompts, each with blocks of its own from the start, and their outputs."""
+
+    def __init__(self, world: World, prompts: list[list[int]], *, max_tokens: int) -> None:
+        self.world = world
+        self.prompts = prompts
+        self.max_tokens = max_tokens
+        self.outputs: list[list[int]] = [[] for _ in prompts]
+        self.blocks = -(-max(len(prompt) + max_tokens for prompt in prompts) // BLOCK)
+
+    def admit_all(self) -> pb.GenerateStepRequest:
+        """Admits and prefills everything in one step."""
+        slots = range(len(self.prompts))
+        return pb.GenerateStepRequest(
+            admissions=[admission(slot, self.prompts[slot], max_tokens=self.max_tokens) for slot in slots],
+            block_table_deltas=[
+                pb.BlockTableDelta(slot=slot, blocks=range(slot * self.blocks, (slot + 1) * self.blocks))
+                for slot in slots
+            ],
+            prefill_chunks=[pb.PrefillChunk(slot=slot, length=len(self.prompts[slot])) for slot in slots],
+            steps=1,
+        )
+
+    def decode(self, steps: int) -> pb.GenerateStepRequest:
+        return pb.GenerateStepRequest(decode_slots=range(len(self.prompts)), steps=steps)
+
+    async def receive(self) -> pb.GenerateStepOk:
+        """Rank 0's next step."""
+        response = await self.world.sessions[0].receive()
+        assert response.HasField("generate_step_ok"), response
+        reply = response.generate_step_ok
+        for slot, token_id in zip(reply.slots, reply.token_ids, strict=True):
+            self.outputs[slot].append(token_id)
+        return reply
+
+
+async def test_greedy_matches_transformers_with_two_plans_outstanding(world: World, checkpoint: Path) -> None:
+    """P10: rank 0 sends every token, other ranks none; checksums agree when settled (P11)."""
+    prompts = random_prompts(5, shortest=1, longest=20, vocabulary=VOCABULARY, seed=1)
+    sequences = Sequences(world, prompts, max_tokens=33)
+    plans = [sequences.admit_all(), *(sequences.decode(steps) for steps in (8, 1, 8, 8, 7))]
+    for plan in plans[:2]:
+        await world.plan(plan)
+    for index, plan in enumerate(plans):
+        for _ in range(plan.steps):
+            await sequences.receive()
+        if index + 2 < len(plans):
+            await world.plan(plans[index + 2])
+    settled = await world.settle()
+
+    assert {reply.generate_step_ok.checksum for reply in settled} == {settled[0].generate_step_ok.checksum}
+    assert settled[0].generate_step_ok.checksum != 0
+    assert all(not reply.generate_step_ok.token_ids for reply in settled)
+    assert [len(output) for output in sequences.outputs] == [33] * len(prompts)
+    ledger = TieLedger()
+    reference = Reference(checkpoint)
+    for index, (prompt, output) in enumerate(zip(prompts, sequences.outputs, strict=True)):
+        reference.check_greedy(prompt, output, ledger, what=f"prompt {index}")
