@@ -10,3 +10,5 @@ class ExitCode(IntEnum):
     CONFIGURATION = 64
     """No retry helps: a person has to change something."""
     RESTART_GANG = 75
+    INTERRUPTED = 130
+    """A second Ctrl-C: ended at once, running streams were cut."""

@@ -1,0 +1,209 @@
+"""The pod's forked processes: its ranks and, in the leader pod, the rendezvous store. Keeps each of them alive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK
+from tpmodel_worker.supervisor.fork_client import ForkServer, ForkServerError
+from tpmodel_worker.supervisor.lifecycle import Ending, RestartPolicy, judge_repeated
+from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTable
+from tpmodel_worker.supervisor.rank_link import RankLinkServer
+from tpmodel_worker.supervisor.service import RespawnError, StaleEpochError
+
+_log = logging.getLogger(__name__)
+
+Judge = Callable[[int, ProcessExit], Ending | None]
+"""Whether the end of a member (its rank) ends the pod."""
+
+
+@dataclass(slots=True)
+class _Member:
+    """One rank, or the rendezvous, through all its processes."""
+
+    rank: int
+    process: Process | None = None
+    hello: asyncio.Event = field(default_factory=asyncio.Event)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
+    epoch: int = 0
+    replaced: Process | None = None
+    """A process that was ended on purpose: its end is no fault."""
+
+    @property
+    def role(self) -> str:
+        return "rendezvous" if self.rank == RENDEZVOUS_RANK else "rank"
+
+    @property
+    def name(self) -> str:
+        return "rendezvous" if self.rank == RENDEZVOUS_RANK else f"rank {self.rank}"
+
+    @property
+    def serves(self) -> bool:
+        return self.process is not None and self.process.alive and self.hello.is_set()
+
+
+class ForkedProcesses:
+    """Starts the members, starts them again when they end before a world has served, and replaces ranks on demand."""
+
+    def __init__(
+        self,
+        members: Iterable[int],
+        table: ProcessTable,
+        fork_server: ForkServer,
+        link: RankLinkServer,
+        *,
+        hello_seconds: float,
+        judge: Judge,
+        end_pod: Callable[[Ending], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        """Args:
+        members: ranks; RENDEZVOUS_RANK for the rendezvous.
+        table: where the processes go.
+        fork_server: what forks them.
+        link: where they say hello.
+        hello_seconds: how long a process may take to say hello.
+        judge: says whether a member's end ends the pod.
+        end_pod: called when one does.
+        on_change: called when an address has come or gone.
+        """
+        self._members = {rank: _Member(rank) for rank in members}
+        self._table = table
+        self._fork_server = fork_server
+        self._link = link
+        self._restarts = True
+        self._hello_seconds = hello_seconds
+        self._judge = judge
+        self._end_pod = end_pod
+        self._on_change = on_change
+
+    @property
+    def processes(self) -> list[Process]:
+        """The members' newest processes."""
+        return [member.process for member in self._members.values() if member.process is not None]
+
+    @property
+    def rendezvous_port(self) -> int | None:
+        """Where the rendezvous store listens; None while it does not, or belongs to another pod."""
+        member = self._members.get(RENDEZVOUS_RANK)
+        return member.process.port if member is not None and member.process is not None and member.serves else None
+
+    def addresses(self) -> list[worker_pb2.RankAddress] | None:
+        """Pid and port of every rank; None while one of the members does not serve."""
+        found = []
+        for member in self._members.values():
+            if member.process is None or not member.serves:
+                return None
+            if member.rank != RENDEZVOUS_RANK:
+                process = member.process
+                found.append(worker_pb2.RankAddress(rank=member.rank, pid=process.pid, port=process.port))
+        return found
+
+    def rank_of(self, process: Process) -> int | None:
+        """Which rank a process is or was; None for other processes."""
+        names = {member.name: member.rank for member in self._members.values() if member.rank != RENDEZVOUS_RANK}
+        return names.get(process.name)
+
+    def on_hello(self, rank: int, process: Process, port: int) -> None:
+        """Called by the rank socket when a member serves."""
+        member = self._members[rank]
+        if process is member.process:
+            self._table.mark_running(process, port)
+            member.hello.set()
+            self._on_change()
+
+    def stop_restarting(self) -> None:
+        """From now on members that end are not started again: the pod drains."""
+        self._restarts = False
+
+    async def keep(self, rank: int) -> None:
+        """Keeps one member alive, until its end ends the pod or the pod drains."""
+        member = self._members[rank]
+        while True:
+            try:
+                async with member.lock:
+                    if member.process is None or not member.process.alive:
+                        await self._start(member)
+                process = member.process
+                assert process is not None
+                await self._require_hello(member, process)
+            except ForkServerError as error:
+                _log.warning("%s could not be started: %s", member.name, error)
+                await asyncio.sleep(member.policy.longest_pause_seconds)
+                continue
+            ended = await process.exited
+            self._on_change()
+            if process is member.replaced:
+                continue
+            pause = member.policy.pause(time.monotonic())
+            ending = self._judge(rank, ended) or judge_repeated(ended, member.policy)
+            if ending is not None:
+                self._end_pod(ending)
+                return
+            if not self._restarts:
+                return
+            _log.warning("%s; starting it again in %.1f s", ended.describe(), pause)
+            await asyncio.sleep(pause)
+
+    async def respawn(self, rank: int, epoch: int) -> Process:
+        """Replaces a rank (a live process is killed first) and returns the new one once it said hello.
+
+        Raises:
+            KeyError: no rank of this pod.
+            StaleEpochError: the rank was replaced for a newer epoch before.
+            RespawnError: the new process did not come up.
+        """
+        if rank == RENDEZVOUS_RANK:
+            raise KeyError(rank)
+        member = self._members[rank]
+        async with member.lock:
+            if epoch < member.epoch:
+                raise StaleEpochError(f"epoch {epoch} is older than {member.epoch}, for which rank {rank} was replaced")
+            member.epoch = epoch
+            if member.process is not None and member.process.alive:
+                member.replaced = member.process
+                await self._table.kill([member.process])
+            try:
+                process = await self._start(member)
+                await self._require_hello(member, process)
+            except ForkServerError as error:
+                raise RespawnError(f"rank {rank} could not be started: {error}") from error
+            if not member.serves:
+                raise RespawnError(f"rank {rank} (pid {process.pid}) did not say hello")
+            return process
+
+    async def kill(self, rank: int, pid: int) -> bool:
+        """SIGKILLs a rank whose pid is the given one; whether it was. Raises KeyError for no rank of this pod."""
+        process = self._members[rank].process
+        if process is None or process.pid != pid or not process.alive:
+            return False
+        await self._table.kill([process])
+        return True
+
+    async def _start(self, member: _Member) -> Process:
+        member.hello.clear()
+        process = await self._fork_server.fork(
+            member.role, member.name, rank=member.rank if member.role == "rank" else 0
+        )
+        member.process = process
+        await self._link.expect(member.rank, process)
+        return process
+
+    async def _require_hello(self, member: _Member, process: Process) -> None:
+        """Returns once the process said hello or ended; kills it when it does neither in time."""
+        hello = asyncio.create_task(member.hello.wait())
+        try:
+            done, _ = await asyncio.wait(
+                [hello, process.exited], timeout=self._hello_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            hello.cancel()
+        if not done:
+            _log.error("%s (pid %d) said no hello in %.0f s", member.name, process.pid, self._hello_seconds)
+            await self._table.kill([process])

@@ -1,0 +1,82 @@
+"""Reserves the pod's ports before any process starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+from tpmodel_worker.settings import ServeSettings
+
+# Setting, option and whether it listens where clients come in (host) or inside the gang (address).
+_PORTS = (
+    ("port", "--port", True),
+    ("http_port", "--http-port", True),
+    ("control_port", "--control-port", False),
+    ("health_port", "--health-port", True),
+    ("metrics_port", "--metrics-port", True),
+)
+
+
+class PortError(Exception):
+    """A port cannot be had; the message names the option."""
+
+
+@contextlib.contextmanager
+def reserved_ports(settings: ServeSettings) -> Iterator[ServeSettings]:
+    """Holds the ports and yields the settings with concrete numbers in the place of 0.
+
+    A held socket is bound with SO_REUSEPORT and never listens, so that processes of the same user bind the port
+    beside it, get all of its connections, and nobody else takes it while one of them restarts.
+
+    Raises:
+        PortError: a port is in use, or not to be had on this machine.
+    """
+    with contextlib.ExitStack() as held:
+        numbers: dict[str, int] = {}
+        for name, option, faces_clients in _PORTS:
+            host = settings.host if faces_clients else settings.address
+            reservation = _reserve(host, getattr(settings, name), option)
+            held.enter_context(reservation)
+            numbers[name] = reservation.getsockname()[1]
+        yield dataclasses.replace(settings, **numbers)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reserve(host: str, port: int, option: str) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        if port:
+            # Without SO_REUSEPORT first: with it, another server of this user would go unnoticed.
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        reservation = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            reservation.bind(address)
+        except OSError:
+            reservation.close()
+            raise
+    except OSError as error:
+        raise PortError(_explain(error, host, port, option)) from error
+    return reservation
+
+
+def _explain(error: OSError, host: str, port: int, option: str) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"{host}: {error.strerror}"
+    reasons = {
+        errno.EADDRINUSE: "is in use",
+        errno.EACCES: "needs more privileges",
+        errno.EADDRNOTAVAIL: f"cannot be bound: {host} is no address of this machine",
+    }
+    reason = reasons.get(error.errno or 0, f"cannot be bound: {os.strerror(error.errno or 0)}")
+    return f"{option} {port} {reason}"

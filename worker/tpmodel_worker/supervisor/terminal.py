@@ -1,0 +1,87 @@
+"""What a person sees of a supervisor: output of its processes, load progress, the line that says it is ready.
+
+The ready line goes to standard output, everything else to standard error. Its format is stable, programs read it:
+
+    tpmodel: ready: grpc HOST:PORT http http://HOST:PORT model NAME tp N (SECONDS s)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Literal, Never
+
+from tqdm import tqdm
+
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.settings import ServeSettings
+from tpmodel_worker.supervisor.events import Draining, Ended, EngineStateChanged, Output, Ready, SupervisorEvent
+from tpmodel_worker.supervisor.output import label
+from tpmodel_worker.supervisor.ports import join_host_port
+
+_LINE_SECONDS = 5.0
+
+
+def ready_line(settings: ServeSettings, seconds: float) -> str:
+    """The line, without its end."""
+    grpc_address = join_host_port(settings.host, settings.port)
+    http_address = join_host_port(settings.host, settings.http_port)
+    return (
+        f"tpmodel: ready: grpc {grpc_address} http http://{http_address} "
+        f"model {settings.served_name} tp {settings.world_size} ({seconds:.1f} s)"
+    )
+
+
+class Terminal:
+    """Prints events: with a progress bar on a terminal, with a line now and then elsewhere."""
+
+    def __init__(self, log_format: Literal["auto", "json", "text"]) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._format: Literal["json", "text"] = (
+            log_format if log_format != "auto" else "text" if self._is_terminal else "json"
+        )
+        self._bar: tqdm[Never] | None = None
+        self._next_line = 0.0
+
+    def on_event(self, event: SupervisorEvent) -> None:
+        """Shows one event."""
+        match event:
+            case Output(process, line):
+                self._print(label(process, line, self._format))
+            case EngineStateChanged(state):
+                self._show_progress(state)
+            case Ready(settings, seconds):
+                self._close_bar()
+                sys.stdout.write(ready_line(settings, seconds) + "\n")
+                sys.stdout.flush()
+            case Draining(reason):
+                self._close_bar()
+                self._print(f"tpmodel: {reason}: finishing running requests")
+            case Ended(ending):
+                self._close_bar()
+                self._print(f"tpmodel: ended: {ending.cause}")
+
+    def _show_progress(self, state: worker_pb2.EngineState) -> None:
+        if state.phase != worker_pb2.PHASE_LOADING or not state.load_total_bytes:
+            self._close_bar()
+        elif self._is_terminal:
+            if self._bar is None:
+                self._bar = tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+            self._bar.total = state.load_total_bytes
+            self._bar.update(state.load_done_bytes - self._bar.n)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _LINE_SECONDS
+            done, total = state.load_done_bytes, state.load_total_bytes
+            self._print(
+                label("supervisor", f"loading: {done} of {total} bytes ({state.load_percent:.0f}%)", self._format)
+            )
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, line: str) -> None:
+        # Through the bar, which would otherwise be torn apart.
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
