@@ -7,7 +7,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from tpmodel.v1 import worker_pb2
-
 from tpmodel_worker.engine.placement import Placement
 from tpmodel_worker.engine.sequence import RequestState, Sequence, SequenceStatus
 from tpmodel_worker.engine.step_times import StepTimes

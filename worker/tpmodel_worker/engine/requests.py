@@ -13,6 +13,9 @@ INVALID_ARGUMENT = 3
 DEADLINE_EXCEEDED = 4
 RESOURCE_EXHAUSTED = 8
 
+MAX_STEPS = 8
+"""Most decode steps that any plan may have."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
@@ -31,8 +34,8 @@ class SchedulerConfig:
     queue_limit: int
     """Requests that may wait for their first slot."""
     prefix_cache: bool
-    max_steps: int = 8
-    """Most decode steps in a plan."""
+    max_steps: int = MAX_STEPS
+    """Most decode steps in a plan; ranks refuse more than MAX_STEPS."""
     multi_step_budget_seconds: float = 0.005
     """A plan of several steps is expected to last no longer than this."""
 
@@ -40,6 +43,8 @@ class SchedulerConfig:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_steps > MAX_STEPS:
+            raise ValueError(f"max_steps must be at most {MAX_STEPS}, not {self.max_steps}")
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len must be at least 2, not {self.max_model_len}")
         if self.queue_limit < 0:

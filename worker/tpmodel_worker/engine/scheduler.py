@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from tpmodel.v1 import inference_pb2, worker_pb2
-
 from tpmodel_worker.engine.placement import Placement
 from tpmodel_worker.engine.plan_ledger import PlanLedger, PlanRecord
 from tpmodel_worker.engine.planner import Draft, Planner

@@ -6,7 +6,6 @@ import enum
 from dataclasses import dataclass, field
 
 from tpmodel.v1 import worker_pb2
-
 from tpmodel_worker.engine.requests import Request
 
 

@@ -1,0 +1,281 @@
+"""Drives a Scheduler against a SimulatedRank, with the checks that must hold after everything that happens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from support.simulated_rank import SimulatedRank, true_outputs
+from tpmodel.v1 import inference_pb2, worker_pb2
+from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
+from tpmodel_worker.engine.requests import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED
+from tpmodel_worker.engine.scheduler import RefusedError, Request, Scheduler, SchedulerConfig, SequenceOutput
+
+VOCABULARY = 9
+"""Small, so that sequences stop early and share what they output."""
+WEIGHT_VERSION = 3
+ABORTED = 10
+
+
+@dataclass(slots=True)
+class ExpectedSample:
+    """What one sample must bring, and what it brought."""
+
+    outputs: list[int]
+    """From the first on, the resumed ones included."""
+    received: list[int]
+    open: bool = True
+
+
+@dataclass(slots=True)
+class ExpectedRequest:
+    """A submitted request."""
+
+    request: Request
+    samples: dict[int, ExpectedSample]
+    admitted: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether anything may still come for it."""
+        return any(sample.open for sample in self.samples.values())
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened, so that a test can see that it saw everything."""
+
+    plans: int = 0
+    multi_step_plans: int = 0
+    release_plans: int = 0
+    block_copies: int = 0
+    cached_tokens: int = 0
+    readmissions: int = 0
+    """With outputs known: after a preemption or a rebuild, or of a resumed stream."""
+    overrun_tokens: int = 0
+    finished: int = 0
+    failed: dict[int, int] = field(default_factory=dict)
+
+
+class SchedulerDriver:
+    """One scheduler, one simulated rank, and the replies on their way between them."""
+
+    def __init__(self, config: SchedulerConfig, *, step_seconds: float = 0.0) -> None:
+        self.config = config
+        self.now = 1000.0
+        self.scheduler = Scheduler(config, clock=lambda: self.now, weight_version=WEIGHT_VERSION)
+        self.rank = _make_rank(config)
+        self.expected: dict[Hashable, ExpectedRequest] = {}
+        self.counts = Counts()
+        self.last_plan = worker_pb2.GenerateStepRequest()
+        self._step_seconds = step_seconds
+        self._seq = 0
+        self._replies: deque[tuple[int, worker_pb2.GenerateStepOk]] = deque()
+        self._committed_hashes: set[bytes] = set()
+
+    # ------------------------------------------------------------------------------ what can happen
+
+    def submit(self, request: Request) -> bool:
+        """False: the scheduler refused it."""
+        try:
+            self.scheduler.submit(request)
+        except RefusedError:
+            return False
+        resolved = worker_pb2.SlotSampling()
+        resolved.CopyFrom(request.sampling)
+        room = self.config.max_model_len - len(request.prompt_token_ids)
+        resolved.max_tokens = min(room, resolved.max_tokens or room)
+        samples: dict[int, ExpectedSample] = {}
+        for index in range(request.n):
+            outputs = true_outputs(request.prompt_token_ids, resolved, VOCABULARY)
+            resumed = list(request.resume_token_ids)
+            assert outputs[: len(resumed)] == resumed, "the driver was given outputs that are none"
+            samples[resolved.sample_index] = ExpectedSample(outputs, resumed)
+            self._note_committed(request, resumed)
+            resolved.sample_index += 1
+        self.expected[request.key] = ExpectedRequest(request, samples)
+        self._take(self.scheduler.take_outputs())
+        return True
+
+    def cancel(self, key: Hashable, sample_index: int | None = None) -> None:
+        expected = self.expected[key]
+        samples = expected.samples.values() if sample_index is None else [expected.samples[sample_index]]
+        assert self.scheduler.cancel(key, sample_index) == any(sample.open for sample in samples)
+        for sample in samples:
+            sample.open = False
+
+    def send_plan(self) -> bool:
+        """Makes a plan and lets the rank execute it; its replies wait for deliver. False: there was nothing to send."""
+        plan = self.scheduler.next_plan(self._seq + 1)
+        self._take(self.scheduler.take_outputs())
+        if plan is None:
+            return False
+        self._seq += 1
+        self.last_plan = plan
+        if plan.steps > 1:
+            assert self.scheduler.waiting == 0, "several steps while a request waits"
+        for reply in self.rank.execute(plan):
+            reply.seconds = self._step_seconds
+            self._replies.append((self._seq, reply))
+        self._count(plan)
+        self.check()
+        return True
+
+    def deliver(self) -> bool:
+        """Commits the next reply. False: none is on its way."""
+        if not self._replies:
+            return False
+        seq, reply = self._replies.popleft()
+        self._take(self.scheduler.commit(seq, reply), brought=len(reply.token_ids))
+        return True
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        self._take(self.scheduler.expire())
+        for expected in self.expected.values():
+            deadline = expected.request.deadline
+            assert not expected.open or deadline is None or deadline > self.now
+
+    def rebuild(self, num_blocks: int) -> None:
+        """The world is lost, with all replies on their way; another takes its place."""
+        self.config = dataclasses.replace(self.config, num_blocks=num_blocks)
+        self._replies.clear()
+        self._seq = 0
+        self.rank = _make_rank(self.config)
+        self.scheduler.rebuild(self.config)
+        self.check()
+
+    def fail_all(self) -> None:
+        self._take(self.scheduler.fail_all(ABORTED, "aborted"))
+        assert not any(expected.open for expected in self.expected.values())
+
+    def finish(self) -> None:
+        """Lets everything run to its end, and checks that nothing is left."""
+        while self.scheduler.has_work or self._replies:
+            progress = self.send_plan() if self.scheduler.outstanding_plans < 2 else False
+            progress = self.deliver() or progress
+            assert progress or not self.scheduler.has_work, "nothing can go on, though there is work"
+        assert not any(expected.open for expected in self.expected.values())
+        assert self.scheduler.running == self.scheduler.waiting == self.scheduler.slots_used == 0
+        assert self.scheduler.blocks_used == 0, "a block leaked"
+        assert self.scheduler.outstanding_plans == 0
+        assert not self.rank.slots, "a slot leaked"
+
+    @property
+    def outstanding_plans(self) -> int:
+        return self.scheduler.outstanding_plans
+
+    @property
+    def open_keys(self) -> list[Hashable]:
+        return [key for key, expected in self.expected.items() if expected.open]
+
+    def outputs_of(self, key: Hashable, sample_index: int = 0) -> list[int]:
+        """What a sample brought so far, the resumed outputs included."""
+        return self.expected[key].samples[sample_index].received
+
+    # ------------------------------------------------------------------------------ what must hold
+
+    def check(self) -> None:
+        """Scheduler and rank agree on slots and blocks; only committed tokens can be found."""
+        placement = self.scheduler._placement
+        pool = placement.pool
+        if not placement.releases_pending:
+            ours = {slot: sequence for slot, sequence in enumerate(placement.slots) if sequence is not None}
+            assert ours.keys() == self.rank.slots.keys()
+            held = self.rank.blocks_held()
+            for slot, sequence in ours.items():
+                theirs = self.rank.slots[slot]
+                assert sequence.blocks == theirs.table
+                # The rank knows more: what it sampled, while replies are on their way.
+                assert theirs.tokens[: len(sequence.token_ids)] == sequence.token_ids
+                assert sequence.computed_length >= theirs.computed_length
+            for block in range(pool.num_blocks):
+                assert pool.references(block) == held[block], f"block {block} is counted wrongly"
+            assert pool.used == len(held)
+        for block in range(pool.num_blocks):
+            block_hash = pool.hash_of(block)
+            assert block_hash is None or block_hash in self._committed_hashes, f"block {block} has uncommitted ids"
+            assert block_hash is None or self.config.prefix_cache
+        assert self.scheduler.blocks_used == pool.used <= self.scheduler.blocks_total
+        open_requests = sum(expected.open for expected in self.expected.values())
+        assert self.scheduler.running + self.scheduler.waiting == open_requests
+
+    def _take(self, outputs: Sequence[SequenceOutput], *, brought: int = 0) -> None:
+        taken = 0
+        for output in outputs:
+            expected = self.expected[output.key]
+            sample = expected.samples[output.sample_index]
+            if output.error is not None:
+                self._take_error(expected, output)
+                continue
+            assert sample.open, "output for a sample that has ended"
+            if output.admitted is not None:
+                assert not expected.admitted, "admitted twice"
+                assert output.admitted.weight_version == WEIGHT_VERSION
+                assert output.admitted.cached_tokens % self.config.block_size == 0
+                expected.admitted = True
+                self.counts.cached_tokens += output.admitted.cached_tokens
+            assert expected.admitted, "tokens before admission"
+            taken += len(output.token_ids)
+            sample.received += output.token_ids
+            assert sample.received == sample.outputs[: len(sample.received)], "not the true tokens"
+            wanted = expected.request.sampling.logprobs >= 0
+            assert [-entry.logprob for entry in output.logprobs] == (output.token_ids if wanted else [])
+            self._note_committed(expected.request, sample.received)
+            if output.finish_reason is not None:
+                self._take_finish(expected, sample, output.finish_reason)
+        self.counts.overrun_tokens += brought - taken
+
+    def _take_finish(
+        self, expected: ExpectedRequest, sample: ExpectedSample, reason: inference_pb2.FinishReason.ValueType
+    ) -> None:
+        assert sample.received == sample.outputs, "finished before its end"
+        stopped = sample.outputs[-1] in expected.request.sampling.stop_token_ids
+        assert reason == (inference_pb2.FINISH_REASON_STOP if stopped else inference_pb2.FINISH_REASON_LENGTH)
+        sample.open = False
+        self.counts.finished += 1
+
+    def _take_error(self, expected: ExpectedRequest, output: SequenceOutput) -> None:
+        assert output.error is not None
+        assert expected.open, "an error for a request that has ended"
+        code = output.error[0]
+        if code == DEADLINE_EXCEEDED:
+            assert expected.request.deadline is not None
+            assert expected.request.deadline <= self.now
+        elif code == RESOURCE_EXHAUSTED:
+            prompt = len(expected.request.prompt_token_ids)
+            longest = max(prompt + len(sample.received) for sample in expected.samples.values() if sample.open)
+            assert self.config.blocks_for(longest) > self.config.num_blocks, "failed though it fits"
+        else:
+            assert code == ABORTED
+        for sample in expected.samples.values():
+            sample.open = False
+        self.counts.failed[code] = self.counts.failed.get(code, 0) + 1
+
+    def _note_committed(self, request: Request, outputs: Sequence[int]) -> None:
+        token_ids = [*request.prompt_token_ids, *outputs]
+        chain: list[bytes] = []
+        blocks = len(token_ids) // self.config.block_size
+        extend_chain(chain, root_hash(WEIGHT_VERSION), token_ids, self.config.block_size, blocks)
+        self._committed_hashes.update(chain)
+
+    def _count(self, plan: worker_pb2.GenerateStepRequest) -> None:
+        counts = self.counts
+        counts.plans += 1
+        counts.multi_step_plans += plan.steps > 1
+        counts.release_plans += plan.steps == 0
+        counts.block_copies += len(plan.block_copies)
+        counts.readmissions += sum(len(admission.token_ids) > admission.prompt_length for admission in plan.admissions)
+
+
+def _make_rank(config: SchedulerConfig) -> SimulatedRank:
+    return SimulatedRank(
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        slots=config.max_num_seqs,
+        max_step_tokens=config.max_num_batched_tokens,
+        max_len=config.max_model_len,
+        vocabulary=VOCABULARY,
+    )
