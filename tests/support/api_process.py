@@ -1,0 +1,95 @@
+"""Runs a real api process against a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from support.scripted_engine import Script, ScriptedEngine
+from support.text_checkpoint import write_text_checkpoint
+from tpmodel.v1 import pod_pb2
+from tpmodel_worker.framing import read_message
+from tpmodel_worker.settings import ServeSettings
+
+START_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class ApiUnderTest:
+    """A listening api process, its engine and its checkpoint's tokenizer."""
+
+    settings: ServeSettings
+    engine: ScriptedEngine
+    tokenizer: Tokenizer
+    process: asyncio.subprocess.Process
+    report: pod_pb2.ProcessReport
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.settings.port}"
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.settings.http_port}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def api_under_test(
+    script: Script, *, config: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[ApiUnderTest]:
+    """Starts both; ends both. `config` replaces entries of config.json, `settings` those of ServeSettings."""
+    # Unix socket paths must be short.
+    with tempfile.TemporaryDirectory(prefix="tpm-") as folder:
+        root = Path(folder)
+        tokenizer = write_text_checkpoint(root / "model", **(config or {}))
+        values: dict[str, Any] = {
+            "model_path": str(root / "model"),
+            "model_id": "test/model",
+            "served_name": "test-model",
+            "runtime_dir": folder,
+            "port": free_port(),
+            "http_port": free_port(),
+            "drain_timeout": 5.0,
+        }
+        chosen = ServeSettings(**(values | settings))
+        settings_file = root / "settings.json"
+        settings_file.write_text(chosen.to_json())
+        reports: asyncio.Queue[pod_pb2.ProcessReport] = asyncio.Queue()
+
+        async def on_report(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while (report := await read_message(reader, pod_pb2.ProcessReport)) is not None:
+                reports.put_nowait(report)
+            writer.close()
+
+        supervisor = await asyncio.start_unix_server(on_report, path=str(chosen.report_socket))
+        async with ScriptedEngine(chosen.front_socket, script) as engine:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "tpmodel_worker.api", "--settings-file", str(settings_file), "--index", "0"),
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    report = await reports.get()
+                yield ApiUnderTest(chosen, engine, tokenizer, process, report)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+                supervisor.close()
