@@ -100,7 +100,7 @@ class Arena:
             raise ValueError(f"{self.id}: bytes {offset} to {offset + length} wanted, it has {self.size}")
         if offset % dtype.itemsize:
             raise ValueError(f"{self.id}: offset {offset} is not a multiple of {dtype.itemsize}, as {dtype} needs")
-        return self.bytes[offset : offset + length].view(dtype).view(*shape)
+        return self.bytes[offset : offset + length].view(dtype).view(tuple(shape))
 
     def close(self) -> None:
         """Closes the descriptor and lets go of the memory, which is unmapped with its last tensor. Idempotent."""

@@ -120,16 +120,18 @@ class Meeting:
     def _wait_until_listening(self, host: str, port: int) -> None:
         """torch's own attempts to connect can't be interrupted, so they start when they will succeed."""
         pause = _FIRST_POLL_SECONDS
+        refusal: OSError | None = None
         while True:
             try:
-                socket.create_connection((host, port), timeout=self.remaining()).close()
+                left = self.remaining()
+            except CommunicatorAbortedError:
+                raise
+            except CommunicatorError as error:
+                raise CommunicatorError(f"no rendezvous at {self._spec.rendezvous}: {refusal or error}") from error
+            try:
+                socket.create_connection((host, port), timeout=left).close()
             except OSError as error:
-                try:
-                    self.remaining()
-                except CommunicatorAbortedError:
-                    raise
-                except CommunicatorError as late:
-                    raise CommunicatorError(f"no rendezvous at {self._spec.rendezvous}: {error}") from late
+                refusal = error
             else:
                 return
             self._cancelled.wait(pause)

@@ -1,0 +1,180 @@
+"""What ranks without a model do in tests. Each function runs in a process of its own (see rank_processes)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support.collective_inputs import expected_sum, rank_input
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.arenas.identity import ArenaId
+from tpmodel_worker.arenas.memory import Arena
+from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
+from tpmodel_worker.comm.communicator import Communicator, CommunicatorAbortedError, CommunicatorError
+from tpmodel_worker.comm.rendezvous import run_rendezvous
+from tpmodel_worker.settings import ServeSettings
+
+CPU = torch.device("cpu")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.int64)} | {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def join(
+    rank: int,
+    world_size: int,
+    socket: str,
+    rendezvous: str,
+    epoch: int,
+    kind: str = "auto",
+    pods: list[str] | None = None,
+    timeout_seconds: float = 20.0,
+    deadline_seconds: float = 20.0,
+    cancelled: threading.Event | None = None,
+    break_link: bool = False,
+) -> Communicator:
+    """Builds the communicator of a rank as its process would; with break_link, without its supervisor."""
+    spec = CommunicatorSpec(
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        rendezvous=rendezvous,
+        rendezvous_id=f"epoch-{epoch}",
+        timeout_seconds=timeout_seconds,
+        pods=pods or ["local"] * world_size,
+        kind=kind,
+        deadline_seconds=deadline_seconds,
+    )
+    client = ArenaClient(Path(socket))
+    if break_link:
+        client.close()
+    return build_communicator(spec, device=CPU, arenas=client, cancelled=cancelled)
+
+
+def reduce_all(dtype: str, counts: list[int], exact: bool = True, **world: Any) -> str:
+    """Sums tensors of several sizes and compares with the sum in the order of the ranks; the communicator's name."""
+    communicator = join(**world)
+    for count in counts:
+        tensor = rank_input(communicator.rank, count, DTYPES[dtype])
+        communicator.all_reduce(tensor)
+        expected = expected_sum(communicator.world_size, count, DTYPES[dtype])
+        if exact:
+            assert torch.equal(tensor, expected), f"{count} items of {dtype}"
+        else:
+            torch.testing.assert_close(tensor, expected)
+    communicator.close()
+    return communicator.name
+
+
+def reduce_to_list(count: int, dtype: str, **world: Any) -> list[float]:
+    """The sum itself, to be compared among ranks."""
+    communicator = join(**world)
+    tensor = communicator.all_reduce(rank_input(communicator.rank, count, DTYPES[dtype]))
+    communicator.close()
+    return tensor.double().tolist()
+
+
+def gather_and_broadcast(**world: Any) -> str:
+    """Every dtype by bytes, of odd sizes."""
+    communicator = join(**world)
+    size, rank = communicator.world_size, communicator.rank
+    for dtype in (torch.uint8, torch.bool, torch.int32, torch.int64, torch.bfloat16, torch.float32):
+        for count in (1, 3, 1001, 300_007):
+            parts = [
+                (torch.arange(count) * 7 + peer).remainder(2 if dtype is torch.bool else 251).to(dtype)
+                for peer in range(size)
+            ]
+            assert torch.equal(communicator.all_gather(parts[rank]), torch.stack(parts)), (dtype, count)
+            for root in range(size):
+                tensor = parts[rank].clone()
+                assert torch.equal(communicator.broadcast(tensor, root), parts[root]), (dtype, count, root)
+    communicator.close()
+    return communicator.name
+
+
+def reduce_until_failure(**world: Any) -> dict[str, Any]:
+    """Sums without end; says how it ended, and that every sum before was right."""
+    communicator = join(**world)
+    ones = torch.ones(20_000)
+    rounds = 0
+    try:
+        while True:
+            tensor = communicator.all_reduce(ones.clone())
+            assert bool((tensor == communicator.world_size).all())
+            rounds += 1
+    except CommunicatorError as error:
+        return {"error": type(error).__name__, "message": str(error), "rounds": rounds}
+    finally:
+        communicator.close()
+
+
+def survive(next_epoch: int, counts: list[int], **world: Any) -> dict[str, Any]:
+    """reduce_until_failure, then the next epoch in the same process."""
+    ended = reduce_until_failure(**world)
+    world["epoch"] = next_epoch
+    reduce_all("float32", counts, **world)
+    return ended
+
+
+def wait_and_be_aborted(abort_after: float, comes: list[int], **world: Any) -> float:
+    """Seconds from abort, by another thread, to the release from a collective for which only some ranks come."""
+    communicator = join(**world)
+    if communicator.rank not in comes:
+        time.sleep(abort_after)
+        return 0.0
+    aborted: list[float] = []
+
+    def abort() -> None:
+        time.sleep(abort_after)
+        aborted.append(time.monotonic())
+        communicator.abort("the test says so")
+
+    threading.Thread(target=abort).start()
+    try:
+        communicator.all_reduce(torch.ones(5))
+    except CommunicatorAbortedError:
+        released = time.monotonic()
+        communicator.close()
+        return released - aborted[0]
+    raise AssertionError("the collective ended without its peers")
+
+
+def cancel_build(cancel_after: float, **world: Any) -> float:
+    """Seconds from cancelling to the end of a build that lacks a member."""
+    cancelled = threading.Event()
+    at = time.monotonic() + cancel_after
+    threading.Timer(cancel_after, cancelled.set).start()
+    try:
+        join(cancelled=cancelled, **world)
+    except CommunicatorAbortedError:
+        return time.monotonic() - at
+    raise AssertionError("a world was built without all its members")
+
+
+def fill_arena_and_hang(rank: int, socket: str, size: int) -> None:
+    """Makes an arena, fills it with 0 to 255 over and over, and never returns."""
+    arena = Arena.create(ArenaId(rank, "weights"), size, CPU)
+    arena.bytes.copy_(torch.arange(size).remainder(256))
+    ArenaClient(Path(socket)).store(arena, worker_pb2.ArenaManifest())
+    time.sleep(60)
+
+
+def sum_arena(rank: int, socket: str) -> int:
+    """Maps what rank 0 left and adds it up."""
+    del rank
+    fetched = ArenaClient(Path(socket)).fetch(ArenaId(0, "weights"))
+    assert fetched is not None
+    return int(Arena.map(ArenaId(0, "weights"), fetched[0], fetched[1].bytes, CPU).bytes.sum())
+
+
+def serve_store(rank: int, settings_json: str) -> str:
+    """The rendezvous process."""
+    del rank
+    run_rendezvous(ServeSettings.from_json(settings_json))
+    return "ended"
