@@ -229,9 +229,6 @@ class ParallelLanguageModelHead(ShardedModule):
 
 
 def vocab_parts(name: str, shape: tuple[int, ...], shard: VocabShard) -> list[TensorPart]:
-    """The rows of a (vocabulary, size) tensor that a shard holds; none for a shard that is all padding."""
-    if shard.valid == 0:
-        return []
-    return [
-        TensorPart(checkpoint_name=f"{name}.weight", shape=shape, dimension=0, start=shard.start, length=shard.valid)
-    ]
+    """The rows of a (vocabulary, size) tensor that a shard holds; of length 0 for one that is all padding."""
+    start = min(shard.start, shape[0])
+    return [TensorPart(checkpoint_name=f"{name}.weight", shape=shape, dimension=0, start=start, length=shard.valid)]
