@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-
-_FORKED = MappingProxyType(
-    {
-        "rank": "tpmodel_worker.rank.main:run_rank",
-        "rendezvous": "tpmodel_worker.comm.rendezvous:run_rendezvous",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +14,9 @@ class EntryPoints:
     """Command; `--settings-file FILE` is appended."""
     api: tuple[str, ...] = (sys.executable, "-m", "tpmodel_worker.api")
     """Command; `--settings-file FILE --index I` is appended."""
-    forked: Mapping[str, str] = _FORKED
-    """module:function by role; called with the settings and, for ranks, the rank."""
-    preload: tuple[str, ...] = ("torch", "triton?", "triton.language?")
+    rank: str = "tpmodel_worker.rank.main:run_rank"
+    """module:function, called with the settings and the rank in a forked process."""
+    rendezvous: str = "tpmodel_worker.comm.rendezvous:run_rendezvous"
+    """module:function, called with the settings in a forked process."""
+    preload: tuple[str, ...] = ("torch", "triton?", "tpmodel_worker.rank.main", "tpmodel_worker.comm.rendezvous")
     """What the fork server imports; "?" marks what may be absent."""

@@ -48,7 +48,7 @@ class Keeper:
         """Keeps the process alive, until its end ends the pod or the pod drains."""
         while True:
             process = await self._start()
-            ended = await process.exited
+            ended = await process.ended()
             pause = self._policy.pause(time.monotonic())
             ending = await self._judge(ended)
             if ending is None and self._gives_up():

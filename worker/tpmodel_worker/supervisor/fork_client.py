@@ -81,7 +81,7 @@ class ForkServer:
 
     async def ended(self, process: Process) -> ProcessExit:
         """Waits for the process's end; afterwards forks wait until start was called again."""
-        ending = await process.exited
+        ending = await process.ended()
         self._ready.clear()
         async with self._lock:
             if self._channel is not None:

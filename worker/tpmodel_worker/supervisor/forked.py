@@ -137,7 +137,7 @@ class ForkedProcesses:
                 _log.warning("%s could not be started: %s", member.name, error)
                 await asyncio.sleep(member.policy.longest_pause_seconds)
                 continue
-            ended = await process.exited
+            ended = await process.ended()
             self._on_change()
             if process is member.replaced:
                 continue

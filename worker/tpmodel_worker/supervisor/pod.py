@@ -84,7 +84,7 @@ class Pod:
         self._fork_server = ForkServer(
             self._table,
             settings,
-            entries=entries.forked,
+            entries={"rank": entries.rank, "rendezvous": entries.rendezvous},
             preload=entries.preload,
             environment=_compute_environment(settings),
         )

@@ -76,10 +76,10 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
-    async def wait(self, seconds: float) -> ProcessExit | None:
-        """How it ended, or None where it lives on after so many seconds."""
-        done, _ = await asyncio.wait([self.exited], timeout=seconds)
-        return self.exited.result() if done else None
+    async def ended(self) -> ProcessExit:
+        """Waits for its end."""
+        # Shielded: who stops waiting must not cancel the future of all.
+        return await asyncio.shield(self.exited)
 
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
