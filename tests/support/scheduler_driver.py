@@ -6,6 +6,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from support.simulated_rank import SimulatedRank, true_outputs
 from tpmodel.v1 import inference_pb2, worker_pb2
@@ -17,6 +18,61 @@ VOCABULARY = 9
 """Small, so that sequences stop early and share what they output."""
 WEIGHT_VERSION = 3
 ABORTED = 10
+
+
+def small_config(
+    *,
+    num_blocks: int = 50,
+    block_size: int = 4,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 32,
+    max_model_len: int = 100,
+    queue_limit: int = 10,
+    prefix_cache: bool = True,
+    max_steps: int = 8,
+) -> SchedulerConfig:
+    """A configuration for a test that minds some of it."""
+    return SchedulerConfig(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        queue_limit=queue_limit,
+        prefix_cache=prefix_cache,
+        max_steps=max_steps,
+    )
+
+
+def small_request(
+    key: Hashable,
+    prompt: Sequence[int] | int,
+    *,
+    max_tokens: int = 10,
+    stops: Sequence[int] = (),
+    n: int = 1,
+    sample_index: int = 0,
+    priority: int = 0,
+    deadline: float | None = None,
+    resume: Sequence[int] = (),
+    logprobs: int = -1,
+) -> Request:
+    """A request that never stops early unless it has stops; a prompt given by its length is nobody else's."""
+    if isinstance(prompt, int):
+        prompt = [1000 * (crc32(str(key).encode()) % 1000) + position for position in range(prompt)]
+    sampling = worker_pb2.SlotSampling(
+        max_tokens=max_tokens, stop_token_ids=stops, sample_index=sample_index, logprobs=logprobs
+    )
+    return Request(
+        key=key,
+        request_id=str(key),
+        prompt_token_ids=prompt,
+        resume_token_ids=resume,
+        sampling=sampling,
+        n=n,
+        priority=priority,
+        deadline=deadline,
+    )
 
 
 @dataclass(slots=True)
@@ -88,7 +144,7 @@ class SchedulerDriver:
         room = self.config.max_model_len - len(request.prompt_token_ids)
         resolved.max_tokens = min(room, resolved.max_tokens or room)
         samples: dict[int, ExpectedSample] = {}
-        for index in range(request.n):
+        for _ in range(request.n):
             outputs = true_outputs(request.prompt_token_ids, resolved, VOCABULARY)
             resumed = list(request.resume_token_ids)
             assert outputs[: len(resumed)] == resumed, "the driver was given outputs that are none"
@@ -130,6 +186,10 @@ class SchedulerDriver:
         seq, reply = self._replies.popleft()
         self._take(self.scheduler.commit(seq, reply), brought=len(reply.token_ids))
         return True
+
+    def deliver_all(self) -> None:
+        while self.deliver():
+            pass
 
     def advance(self, seconds: float) -> None:
         self.now += seconds

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -104,7 +103,7 @@ def run_random_events(seed: int, events: int) -> SchedulerDriver:
 
 
 def test_random_events_never_break_the_scheduler():
-    """DESIGN section 9; P14: random EOS, cancels, n, priorities, preemption, shared prefixes, replies 0-2 plans late."""
+    """DESIGN section 9; P14: random EOS, cancels, n, priorities, preemption, shared prefixes, late replies."""
     seen: Counter[str] = Counter()
     for seed in range(SCHEDULER_SEEDS):
         try:
@@ -173,12 +172,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.driver.finish()
 
 
-@pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
 class TestSchedulerMachine(SchedulerMachine.TestCase):
     settings = settings(
         max_examples=SCHEDULER_MACHINES,
         stateful_step_count=40,
         deadline=None,
         derandomize=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
