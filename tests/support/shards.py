@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from support.lockstep import LockstepCommunicator, LockstepWorld
 
+from support.lockstep import LockstepCommunicator, LockstepWorld
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+
 from support.checkpoints import VARIANTS, make_checkpoint
 from support.lockstep import LockstepWorld
 from support.oracle import Reference
