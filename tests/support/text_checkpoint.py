@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "Schöne Grüße aus Köln, déjà vu à Besançon.",
-    "你好，世界！今天天气很好。",
+    "你好世界 今天天气很好",
     "Emoji 🙂🚀👩‍👩‍👧 and more: ∑∞≈.",
     "User: hello\n\nAssistant: hi there, how are you?",
 ]

@@ -159,10 +159,18 @@ class EngineLink:
         """Tells the engine that one sample of several is done."""
         self._cancel(pod_pb2.CancelRequest(handle=handle, sample_index=sample_index))
 
-    def release(self, handle: int, *, cancel: bool) -> None:
-        """Forgets a request; cancel tells the engine, which otherwise has ended it by itself. Idempotent."""
-        if self._queues.pop(handle, None) is not None and cancel:
+    def release(self, handle: int, *, cancel: bool) -> bool:
+        """Forgets a request; False where it was forgotten before.
+
+        Args:
+            handle: the request's.
+            cancel: tell the engine, which otherwise has ended it by itself.
+        """
+        if self._queues.pop(handle, None) is None:
+            return False
+        if cancel:
             self._cancel(pod_pb2.CancelRequest(handle=handle))
+        return True
 
     async def run(self) -> None:
         """Keeps the connection up until cancelled."""

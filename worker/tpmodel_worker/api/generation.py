@@ -56,26 +56,34 @@ class Generation:
             yield self._started()
         else:
             queue = await self._submit()
-            while not all(sample.finish_reason is not None for sample in self._samples.values()):
+            while not self._finished:
                 for output in await queue.take():
                     if output.HasField("admitted") and self._admit(output.admitted):
                         yield self._started()
                     emission = self._absorb(output)
                     if emission is not None:
                         yield self._chunk(output.sample_index, emission)
+        logger.info("done: %d output tokens", self.completion_tokens, extra={"request_id": self.request.request_id})
         yield self._completion()
 
     def close(self) -> None:
         """Frees what the request holds here and, unless it has ended, in the engine. Idempotent."""
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
-        if self._submitted is not None:
-            self._link.release(self._submitted.handle, cancel=bool(self._running))
+        if self._submitted is None:
+            return
+        if self._link.release(self._submitted.handle, cancel=bool(self._running)) and not self._finished:
+            text = "ended early: %d output tokens"
+            logger.info(text, self.completion_tokens, extra={"request_id": self.request.request_id})
 
     @property
     def completion_tokens(self) -> int:
         """Output ids of all samples so far, resumed ones included."""
         return sum(sample.token_count for sample in self._samples.values())
+
+    @property
+    def _finished(self) -> bool:
+        return all(sample.finish_reason is not None for sample in self._samples.values())
 
     def _make_samples(self) -> dict[int, SampleStream]:
         sampling, slot = self.request.sampling, self.request.sampling.slot

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Seconds. From one step of a small model to a stall that somebody should look at.
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
 _WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+CANCELLED = "CANCELLED"
 _MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -84,6 +85,10 @@ class ApiMetrics:
         start = monotonic()
         try:
             yield outcome
+        except Exception:
+            if outcome.code == CANCELLED:
+                outcome.code = "INTERNAL"
+            raise
         finally:
             self.request.observe(monotonic() - start)
             self.requests.labels(outcome.code, protocol).inc()
@@ -93,7 +98,7 @@ class ApiMetrics:
 class RequestOutcome:
     """How a request ended; one that nobody brings to an end was cancelled."""
 
-    code: str = "CANCELLED"
+    code: str = CANCELLED
 
 
 @dataclass(slots=True)
