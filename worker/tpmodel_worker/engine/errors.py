@@ -100,7 +100,10 @@ class PoolError(Exception):
             return name
         if any(failure.closed for failure in self.ranks):
             return "session_closed"
-        reported = [failure.kind for failure in self.ranks if failure.kind is not None]
+        # Ranks that were aborted since another one failed say nothing about the cause.
+        reported = [
+            kind for failure in self.ranks if (kind := failure.kind) not in (None, worker_pb2.ERROR_KIND_ABORTED)
+        ]
         return kind_name(reported[0]) if reported else "internal"
 
 

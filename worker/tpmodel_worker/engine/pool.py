@@ -140,7 +140,7 @@ class Pool:
             late = await self._drain(exchange, collective)
         finally:
             self._exchange = None
-        if not self._leaving:
+        if self._abort is None and not self._leaving:
             self._note_lost_sessions(exchange)
         if unsent or late or exchange.failures:
             error = PoolError(f"{name} failed", engine=unsent or late, ranks=exchange.failures.values())
