@@ -42,8 +42,9 @@ def start(batch_size: int, steps: int) -> Scheduler:
 def answer(batch_size: int, steps: int) -> list[worker_pb2.GenerateStepOk]:
     """Rank 0's replies to one plan."""
     slots = list(range(batch_size))
+    goes_on = [worker_pb2.FINISHED_UNSPECIFIED] * batch_size
     return [
-        worker_pb2.GenerateStepOk(step=step, slots=slots, token_ids=slots, finished=[0] * batch_size, seconds=0.0001)
+        worker_pb2.GenerateStepOk(step=step, slots=slots, token_ids=slots, finished=goes_on, seconds=0.0001)
         for step in range(steps)
     ]
 
@@ -74,16 +75,13 @@ def measure(batch_size: int, steps: int) -> tuple[float, float, float, int]:
 
 def main() -> None:
     """Prints one row for each batch size and number of steps."""
-    print(
-        f"{'batch':>5} {'steps':>5} {'next_plan us':>12} {'serialize us':>12} {'commits us':>10} {'us a step':>9} bytes"
-    )
+    print("batch steps  next_plan  serialize    commits  each step  plan bytes")
     for steps in (1, 8):
         for batch_size in BATCH_SIZES:
-            plan, serialize, commit, size = (*measure(batch_size, steps),)
-            micro = [1e6 * seconds for seconds in (plan, serialize, commit, (plan + serialize + commit) / steps)]
-            print(
-                f"{batch_size:>5} {steps:>5} {micro[0]:>12.1f} {micro[1]:>12.1f} {micro[2]:>10.1f} {micro[3]:>9.1f} {size}"
-            )
+            plan, serialize, commits, size = measure(batch_size, steps)
+            times = (plan, serialize, commits, (plan + serialize + commits) / steps)
+            columns = "".join(f" {1e6 * seconds:>10.1f}" for seconds in times)
+            print(f"{batch_size:>5} {steps:>5}{columns} {size:>11}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def test_a_block_whose_last_token_was_not_computed_is_not_found():
     assert run(driver, "next turn", [1, 2, 3, *driver.outputs_of("first"), 7]) == 4
 
 
+def test_what_follows_a_found_prefix_is_found_too():
+    driver = SchedulerDriver(small_config(block_size=4))
+    run(driver, "first", list(range(8)))
+    assert run(driver, "longer", list(range(20))) == 8
+    assert run(driver, "again", list(range(20))) == 16
+
+
 def test_a_running_request_shares_its_prompt_with_the_next_plan():
     driver = SchedulerDriver(small_config(block_size=4))
     driver.submit(small_request("first", list(range(9))))

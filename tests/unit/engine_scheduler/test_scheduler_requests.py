@@ -159,6 +159,18 @@ def test_a_rebuilt_world_has_an_empty_prefix_cache():
     assert driver.scheduler.prefix_queries == 40
 
 
+def test_a_rebuilt_world_may_have_blocks_of_another_size():
+    driver = SchedulerDriver(small_config(block_size=4))
+    driver.submit(small_request("first", list(range(9))))
+    driver.send_plan()
+    driver.scheduler.rebuild(small_config(block_size=2))
+    driver.scheduler.next_plan(1)
+    driver.scheduler.submit(small_request("second", list(range(9))))
+    plan = driver.scheduler.next_plan(2)
+    assert plan is not None
+    assert plan.admissions[0].computed_length == 8
+
+
 def plan_one(driver: SchedulerDriver) -> None:
     driver.scheduler.submit(small_request("key", 3, max_tokens=1))
     driver.scheduler.next_plan(7)
