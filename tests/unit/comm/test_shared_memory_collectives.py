@@ -156,7 +156,7 @@ class TestFailures:
                 CommunicatorAbortedError, match="rank 0: all_reduce 1 of epoch 7 was aborted: peer is gone"
             ):
                 waiting.result(5)
-            assert time.monotonic() - aborted < 0.5
+            assert time.monotonic() - aborted < 1.0
 
     def test_collectives_after_an_abort_raise_at_once_and_the_first_reason_stays(self) -> None:
         with ThreadWorld(2) as world:

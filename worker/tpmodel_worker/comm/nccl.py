@@ -8,10 +8,9 @@ Never captured in a CUDA graph: as long as a graph with NCCL calls exists, abort
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import cast
 
@@ -55,24 +54,22 @@ class NcclCommunicator(Communicator):
         options = AllreduceOptions()
         # On the current stream: nothing runs beside it that would need an own one.
         options.asyncOp = False
-        with self._launching("all_reduce"):
-            _settle(self._group.allreduce([tensor], options))
+        self._launch("all_reduce", lambda: self._group.allreduce([tensor], options))
 
     def _all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = torch.empty((self.world_size, *tensor.shape), dtype=tensor.dtype, device=self.device)
         options = AllgatherOptions()
         options.asyncOp = False
-        with self._launching("all_gather"):
-            # Flat, since NCCL asks for the ranks' parts behind each other and a scalar has no dimension.
-            _settle(self._group._allgather_base(gathered.view(-1), tensor.view(-1), options))
+        # Flat, since NCCL puts the ranks' parts behind each other, and a scalar has no dimension for that.
+        flat, part = gathered.view(-1), tensor.view(-1)
+        self._launch("all_gather", lambda: self._group._allgather_base(flat, part, options))
         return gathered
 
     def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
         options = BroadcastOptions()
         options.rootRank = root
         options.asyncOp = False
-        with self._launching("broadcast"):
-            _settle(self._group.broadcast([tensor], options))
+        self._launch("broadcast", lambda: self._group.broadcast([tensor], options))
 
     def abort(self, reason: str) -> None:
         """Ends the epoch: waiting kernels leave the device, later collectives raise. Idempotent."""
@@ -94,11 +91,13 @@ class NcclCommunicator(Communicator):
             self._ended.set()
             self._group.abort()
 
-    @contextlib.contextmanager
-    def _launching(self, operation: str) -> Iterator[None]:
+    def _launch(self, operation: str, start: Callable[[], Work | None]) -> None:
         self._check_ended(operation, None)
         try:
-            yield
+            work = start()
+            if work is not None:
+                # Not launched on the current stream, so that has to wait for it; this thread does not.
+                work.wait()
         except RuntimeError as error:
             self._check_ended(operation, error)
             if isinstance(error, DistError):
@@ -177,9 +176,3 @@ def _set_environment(timeout_seconds: float) -> None:
     os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] = "0"
     os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     os.environ["TORCH_NCCL_NONBLOCKING_TIMEOUT"] = str(max(int(timeout_seconds), 1))
-
-
-def _settle(work: Work | None) -> None:
-    """Orders the current stream after the collective, where torch has not launched it on that stream."""
-    if work is not None:
-        work.wait()

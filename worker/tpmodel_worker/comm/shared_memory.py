@@ -34,8 +34,8 @@ _CPU = torch.device("cpu")
 
 # Polls before a waiting rank gives its processor away: about what a peer's lag costs when every rank
 # has a processor of its own, and next to nothing when they share.
-_PAUSES = 2000
-_PAUSES_WHEN_SHARED = 50
+_PAUSES = 500
+_PAUSES_WHEN_SHARED = 100
 
 
 class SharedMemoryCommunicator(Communicator):
