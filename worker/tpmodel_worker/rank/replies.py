@@ -98,7 +98,8 @@ class ReplyThread:
         self._queue: queue.SimpleQueue[StepOutcome | pb.SessionResponse | None] = queue.SimpleQueue()
         self._checksum = StepChecksum()
         self._policy = AckPolicy()
-        self._unacknowledged: StepOutcome | None = None
+        # Of the last plan done, as it was then: the checksum goes on with the steps of the next plan.
+        self._unacknowledged: pb.SessionResponse | None = None
         self._thread = threading.Thread(target=self._run, name=f"replies of epoch {epoch}", daemon=True)
         self._thread.start()
 
@@ -155,17 +156,15 @@ class ReplyThread:
             reply.seconds = time.perf_counter() - outcome.started
             self._send(pb.SessionResponse(epoch=self._epoch, seq=outcome.seq, generate_step_ok=reply))
         elif outcome.last:
-            self._unacknowledged = outcome
+            reply.checksum = self._checksum.value
+            self._unacknowledged = pb.SessionResponse(epoch=self._epoch, seq=outcome.seq, generate_step_ok=reply)
             if self._policy.done(time.monotonic(), ack_now=outcome.ack_now):
                 self._acknowledge()
 
     def _acknowledge(self) -> None:
-        done = self._unacknowledged
-        if done is None:
-            return
-        self._unacknowledged = None
-        reply = pb.GenerateStepOk(step=done.step, checksum=self._checksum.value)
-        self._send(pb.SessionResponse(epoch=self._epoch, seq=done.seq, generate_step_ok=reply))
+        if self._unacknowledged is not None:
+            self._send(self._unacknowledged)
+            self._unacknowledged = None
 
 
 def _token_logprobs(logprobs: StepLogprobs, rows: np.ndarray) -> list[pb.TokenLogprobs]:
