@@ -175,7 +175,6 @@ class World:
         )
         self._loop = loop
         self._metrics.epoch.set(built.pool.epoch)
-        self._status.set_phase(worker_pb2.PHASE_SERVING)
         logger.info(
             "serving %s on %d ranks: %d KV blocks of %d tokens",
             settings.served_name,
@@ -184,6 +183,7 @@ class World:
             settings.block_size,
             extra={"epoch": built.pool.epoch},
         )
+        self._status.set_phase(worker_pb2.PHASE_SERVING)
         error = await loop.run()
         self._loop = None
         if error is not None:
