@@ -216,7 +216,7 @@ async def new_world(gang: RankGang) -> AsyncIterator[World]:
 async def _succeed(replies: Any, field: str) -> list[pb.SessionResponse]:
     responses: list[pb.SessionResponse] = await replies
     for rank, response in enumerate(responses):
-        assert response.HasField(field), f"rank {rank}: {response}"
+        assert response.WhichOneof("response") == field, f"rank {rank}: {response}"
     return responses
 
 

@@ -7,11 +7,28 @@ import errno
 import torch
 
 from tpmodel.v1 import worker_pb2 as pb
+from tpmodel_worker.arenas.errors import ArenaMemoryError
 from tpmodel_worker.comm.communicator import CollectiveArgumentError, CommunicatorAbortedError, CommunicatorError
+from tpmodel_worker.loading.errors import CheckpointError
+from tpmodel_worker.models.config import ConfigError
 from tpmodel_worker.rank.session import EpochEndedError
 
 # torch reports a failed allocation on the CPU as a plain RuntimeError with this in its text.
 _CPU_ALLOCATION_FAILED = "can't allocate memory"
+
+
+# The first that matches.
+_KINDS: tuple[tuple[type[BaseException], pb.ErrorKind.ValueType], ...] = (
+    (EpochEndedError, pb.ERROR_KIND_ABORTED),
+    (CommunicatorAbortedError, pb.ERROR_KIND_ABORTED),
+    (CommunicatorError, pb.ERROR_KIND_COMMUNICATOR),
+    (CollectiveArgumentError, pb.ERROR_KIND_INVALID_ARGUMENT),
+    (ConfigError, pb.ERROR_KIND_UNSUPPORTED_MODEL),
+    (CheckpointError, pb.ERROR_KIND_BAD_CHECKPOINT),
+    # A CUDA error: no call in this process will succeed any more.
+    (torch.AcceleratorError, pb.ERROR_KIND_DEVICE_POISONED),
+    (TimeoutError, pb.ERROR_KIND_DEADLINE),
+)
 
 
 class RequestError(Exception):
@@ -45,24 +62,16 @@ def error_kind(error: BaseException) -> pb.ErrorKind.ValueType:
     """The kind of a failure; one that no rule below knows is internal."""
     if isinstance(error, RequestError):
         return error.kind
-    if isinstance(error, (EpochEndedError, CommunicatorAbortedError)):
-        return pb.ERROR_KIND_ABORTED
-    if isinstance(error, CommunicatorError):
-        deadline = isinstance(error.__cause__, TimeoutError)
-        return pb.ERROR_KIND_DEADLINE if deadline else pb.ERROR_KIND_COMMUNICATOR
-    if isinstance(error, CollectiveArgumentError):
-        return pb.ERROR_KIND_INVALID_ARGUMENT
     if _is_out_of_memory(error):
         return pb.ERROR_KIND_OUT_OF_MEMORY
-    if isinstance(error, torch.AcceleratorError):
-        return pb.ERROR_KIND_DEVICE_POISONED
-    if isinstance(error, TimeoutError):
-        return pb.ERROR_KIND_DEADLINE
+    for exception_type, kind in _KINDS:
+        if isinstance(error, exception_type):
+            return kind
     return pb.ERROR_KIND_INTERNAL
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, ArenaMemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno in (errno.ENOMEM, errno.ENOSPC)

@@ -82,6 +82,11 @@ def _free_bytes(demand: KvDemand, device: torch.device) -> int:
     return int(min(_HOST_FRACTION * free_host_bytes(), _HOST_MOST_BYTES)) // demand.ranks_on_host
 
 
+def release_kv_arena(rank: int, arenas: ArenaClient) -> None:
+    """Makes the supervisor let go of a rank's KV cache, if it holds one."""
+    arenas.release(ArenaId(rank, "kv"))
+
+
 class KvCache:
     """The kv arena and its views, by layer."""
 

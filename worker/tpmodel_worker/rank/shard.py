@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,19 +12,16 @@ import torch
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.comm.communicator import Communicator
-from tpmodel_worker.loading.load import LoadedModel, load_model
-from tpmodel_worker.models.config import ConfigError, ModelConfig, parse_model_config
+from tpmodel_worker.loading.load import LoadedModel, LoadFormat, Progress, load_model
+from tpmodel_worker.models.config import ModelConfig, parse_model_config
 from tpmodel_worker.rank.errors import RequestError
-from tpmodel_worker.rank.kv_cache import KvCache, KvDemand, KvShape, available_blocks
+from tpmodel_worker.rank.kv_cache import KvCache, KvDemand, KvShape, available_blocks, release_kv_arena
 from tpmodel_worker.rank.plan_check import PlanLimits
 from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.rank.sampling import Sampler
 from tpmodel_worker.rank.slots import SlotLimits, SlotTable
 
-Progress = Callable[[str, int, int], None]
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOAD_FORMATS = ("safetensors", "dummy")
 # What libraries (NCCL, cuBLAS) and the allocator's rounding take beside the tensors below.
 _DEVICE_RESERVE_BYTES = 1 << 30
 
@@ -97,7 +93,8 @@ class ShardHolder:
         """Loads the shard, or keeps the one that is loaded if it is the same, for this epoch's communicator.
 
         Raises:
-            RequestError: the model or an argument is not supported, or no KV cache fits beside it.
+            RequestError: an argument is not supported, or no KV cache fits beside the model.
+            ConfigError: the model is not supported.
             CheckpointError, ArenaError, CommunicatorError: loading failed; nothing is loaded then.
         """
         started = time.perf_counter()
@@ -113,8 +110,12 @@ class ShardHolder:
             max_model_len=request.max_model_len,
             world_size=communicator.world_size,
         )
-        kept = self._shard is not None and self._shard.identity == identity
-        if not kept:
+        kept = self._shard
+        if kept is not None and kept.identity == identity:
+            loaded = kept.loaded
+            loaded.model.bind(communicator)
+        else:
+            kept = None
             self.unload()
             loaded = load_model(
                 config,
@@ -123,30 +124,30 @@ class ShardHolder:
                 communicator=communicator,
                 device=self._device,
                 dtype=_DTYPES[dtype_name],
-                load_format=request.load_format,
+                load_format=_load_format(request.load_format),
                 paths=list(request.safetensors_paths),
                 dummy_seed=request.dummy_seed,
                 arenas=self._arenas,
                 model_id=request.model_id,
                 progress=progress,
             )
-        else:
-            assert self._shard is not None
-            loaded = self._shard.loaded
-            loaded.model.bind(communicator)
-        shard = self._describe(request, config, identity, loaded, ranks_on_host)
-        if kept and self._shard is not None and self._cache is not None and self._shard.demand == shard.demand:
+        shard = self._shard = self._describe(request, config, identity, loaded, ranks_on_host)
+        if kept is not None and self._cache is not None and kept.demand == shard.demand:
             # What is free now lacks what the cache itself took.
-            shard.blocks_available = self._shard.blocks_available
+            shard.blocks_available = kept.blocks_available
         else:
-            shard.blocks_available = self._measure(shard)
-        self._shard = shard
+            self._drop_cache()
+            try:
+                shard.blocks_available = available_blocks(shard.kv_shape, shard.demand, self._device)
+            except RequestError:
+                self.unload()
+                raise
         return pb.LoadDenseShardOk(
             bytes=loaded.bytes,
             seconds=time.perf_counter() - started,
             digest=loaded.digest,
-            bytes_read=0 if kept else loaded.bytes_read,
-            mapped=kept or loaded.mapped,
+            bytes_read=loaded.bytes_read if kept is None else 0,
+            mapped=loaded.mapped or kept is not None,
             kv_blocks_available=shard.blocks_available,
             kv_block_bytes=shard.kv_shape.block_bytes,
         )
@@ -179,10 +180,6 @@ class ShardHolder:
             ranks_on_host=ranks_on_host,
         )
         return _Shard(identity=identity, loaded=loaded, config=config, kv_shape=shape, demand=demand, request=request)
-
-    def _measure(self, shard: _Shard) -> int:
-        self._drop_cache()
-        return available_blocks(shard.kv_shape, shard.demand, self._device)
 
     def clear(self, num_blocks: int, communicator: Communicator) -> StepRunner:
         """An empty cache of num_blocks (0: as it is) and empty slots, for this epoch's communicator.
@@ -248,7 +245,11 @@ class ShardHolder:
 
     def _drop_cache(self) -> int:
         cache, self._cache = self._cache, None
-        return cache.close() if cache is not None else 0
+        if cache is not None:
+            return cache.close()
+        # A process of this rank that has ended may have left one with the supervisor.
+        release_kv_arena(self._rank, self._arenas)
+        return 0
 
 
 def _parse(request: pb.LoadDenseShardRequest, world_size: int) -> tuple[ModelConfig, str]:
@@ -256,11 +257,6 @@ def _parse(request: pb.LoadDenseShardRequest, world_size: int) -> tuple[ModelCon
     if request.quantization:
         raise RequestError(
             pb.ERROR_KIND_UNSUPPORTED_MODEL, f"quantization {request.quantization!r} is not supported; supported: none"
-        )
-    if request.load_format not in _LOAD_FORMATS:
-        raise RequestError(
-            pb.ERROR_KIND_INVALID_ARGUMENT,
-            f"load_format {request.load_format!r} is not one of {', '.join(_LOAD_FORMATS)}",
         )
     for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
         if getattr(request, name) < 1:
@@ -271,9 +267,15 @@ def _parse(request: pb.LoadDenseShardRequest, world_size: int) -> tuple[ModelCon
         )
     except json.JSONDecodeError as error:
         raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"config_json is not JSON: {error}") from error
-    except ConfigError as error:
-        raise RequestError(pb.ERROR_KIND_UNSUPPORTED_MODEL, str(error)) from error
     dtype = request.dtype or config.dtype
     if dtype not in _DTYPES:
         raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     return config, dtype
+
+
+def _load_format(name: str) -> LoadFormat:
+    match name:
+        case "safetensors" | "dummy":
+            return name
+        case _:
+            raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"load_format {name!r} is not safetensors or dummy")
