@@ -238,8 +238,9 @@ async def test_control_port_answers_health_without_and_reflection_only_with_the_
 
 
 async def test_logs_are_json_and_carry_epoch(
-    engine: EngineProcess, gang: FakeGang, capfd: pytest.CaptureFixture[str]
+    capfd: pytest.CaptureFixture[str], engine: EngineProcess, gang: FakeGang
 ) -> None:
+    # capfd comes first, since the engine inherits standard error at its start.
     await engine.register(gang)
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     serving = next(line for line in lines if line["message"].startswith("serving model on 2 ranks"))
