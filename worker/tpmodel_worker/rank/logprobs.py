@@ -59,7 +59,7 @@ def token_logprobs(
     count = max(wanted.counts)
     logits = logits.index_select(0, wanted.rows)
     norms = torch.empty(rows, 1, dtype=torch.float64, device=logits.device)
-    for block in row_blocks(rows, columns):
+    for block in row_blocks(rows, columns, logits.device):
         norms[block] = logits[block].to(torch.float64).logsumexp(dim=-1, keepdim=True)
     chosen_columns = token_ids.index_select(0, wanted.rows).unsqueeze(1) - first_id
     elsewhere = (chosen_columns < 0) | (chosen_columns >= columns)

@@ -67,6 +67,11 @@ class PenaltyCounts:
             self._free_rows.clear()
             self._outputs, self._in_prompt = self._allocate(0)
 
+    @property
+    def bytes(self) -> int:
+        """Device memory held."""
+        return self._outputs.nbytes + self._in_prompt.nbytes
+
     def stored_row(self, slot: int) -> int:
         """Where the slot's counts are, for PenaltyRows. Valid until the slot's release."""
         return self._stored_rows[slot]
@@ -78,7 +83,7 @@ class PenaltyCounts:
         where negative. Then presence is subtracted once for a token of the output, and frequency as often as the
         output has it.
         """
-        for block in row_blocks(penalised.rows.shape[0], self._vocab_shard):
+        for block in row_blocks(penalised.rows.shape[0], self._vocab_shard, self._device):
             stored = penalised.stored_rows[block]
             outputs = self._outputs.index_select(0, stored)
             in_output = outputs > 0

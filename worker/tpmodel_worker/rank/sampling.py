@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tpmodel.v1 import worker_pb2
 
+from tpmodel.v1 import worker_pb2
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.kernels.gumbel_noise import NoiseKeys, gumbel_noise
 from tpmodel_worker.rank.logprobs import SampledLogprobs, token_logprobs
@@ -181,7 +181,7 @@ class Sampler:
         """Adds the noise of this rank's shard to the sampled ones of the arg-max rows (A, vocab_shard), in place."""
         noise_keys = _noise_keys(sampled, slice(sampled.rows.start, scores.shape[0]), output_counts)
         scores = scores[sampled.rows.start :]
-        for block in row_blocks(*scores.shape):
+        for block in row_blocks(scores.shape[0], self._vocab_shard, self._device):
             scores[block] += gumbel_noise(noise_keys.block(block), self._vocab_start, self._vocab_shard)
 
 

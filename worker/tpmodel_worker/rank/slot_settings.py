@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 
 from tpmodel.v1 import worker_pb2
-
 from tpmodel_worker.rank.logprobs import MAX_LOGPROBS
 
 MAX_CANDIDATES = 1024

@@ -32,6 +32,8 @@ _UNIT = 2.0**40
 """Weight of the most likely token. 2^22 such tokens still add up within 63 bits."""
 _DIGITS = ((21, 11), (10, 11), (0, 10))
 """Shift and width of the parts in which the radix search goes through the 32 bits of a score."""
+_BINS = 1 << 11
+"""Bins of the widest of these histograms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def truncate(scores: torch.Tensor, limits: ShardedLimits, communicator: Communic
         communicator: called the same number of times on every rank.
     """
     rows = scores[limits.rows]
-    for block in row_blocks(*rows.shape):
+    for block in row_blocks(rows.shape[0], max(rows.shape[1], _BINS), rows.device):
         part = rows[block]
         peaks = communicator.all_gather(part.amax(dim=-1, keepdim=True)).amax(dim=0)
         distance = part.to(torch.float64) - peaks.to(torch.float64)
