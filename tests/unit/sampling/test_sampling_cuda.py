@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.sampling_world import slot_sampling
 
+from support.sampling_world import slot_sampling
 from tpmodel_worker.comm.single import SingleCommunicator
 from tpmodel_worker.rank.sampling import Sampler
 
