@@ -61,6 +61,10 @@ class EngineProcess:
         self.supervisor = supervisor
 
     @property
+    def log(self) -> Path:
+        return Path(self.settings.runtime_dir) / "engine.log"
+
+    @property
     def target(self) -> str:
         return f"127.0.0.1:{self.settings.control_port}"
 
@@ -104,22 +108,26 @@ async def engine(tmp_path: Path) -> AsyncIterator[EngineProcess]:
         settings_file.write_text(settings.to_json())
         supervisor = Supervisor()
         server = await asyncio.start_unix_server(supervisor.serve, path=str(settings.report_socket))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tpmodel_worker.engine",
-            "--settings-file",
-            str(settings_file),
-            env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(settings.metrics_dir)},
-        )
+        with (tmp_path / "engine.log").open("w") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tpmodel_worker.engine",
+                "--settings-file",
+                str(settings_file),
+                env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(settings.metrics_dir)},
+                stderr=log,
+            )
+        made = EngineProcess(settings, process, supervisor)
         try:
             await until(lambda: supervisor.phase == worker_pb2.PHASE_FORMING, START_SECONDS)
-            yield EngineProcess(settings, process, supervisor)
+            yield made
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
             server.close()
+            print(made.log.read_text())  # shown where the test fails
 
 
 def submission(handle: int, *, max_tokens: int) -> pod_pb2.FrontRequest:
@@ -237,12 +245,10 @@ async def test_control_port_answers_health_without_and_reflection_only_with_the_
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_logs_are_json_and_carry_epoch(
-    capfd: pytest.CaptureFixture[str], engine: EngineProcess, gang: FakeGang
-) -> None:
-    # capfd comes first, since the engine inherits standard error at its start.
+async def test_logs_are_json_and_carry_epoch(engine: EngineProcess, gang: FakeGang) -> None:
     await engine.register(gang)
-    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
-    serving = next(line for line in lines if line["message"].startswith("serving model on 2 ranks"))
+    lines = [json.loads(line) for line in engine.log.read_text().splitlines() if line.startswith("{")]
+    serving = next((line for line in lines if line["message"].startswith("serving model on 2 ranks")), None)
+    assert serving is not None
     assert serving["epoch"] == (1 << 32) | 1
     assert serving["process"] == "engine"
