@@ -33,6 +33,9 @@ class ApiUnderTest:
     tokenizer: Tokenizer
     process: asyncio.subprocess.Process
     report: pod_pb2.ProcessReport
+    """The process's first."""
+    reports: asyncio.Queue[pod_pb2.ProcessReport]
+    """Those of all api processes since."""
 
     @property
     def target(self) -> str:
@@ -41,6 +44,28 @@ class ApiUnderTest:
     @property
     def http(self) -> str:
         return f"http://127.0.0.1:{self.settings.http_port}"
+
+    async def standard_error(self) -> str:
+        """What the process logged, once it has ended."""
+        async with asyncio.timeout(START_SECONDS):
+            await self.process.wait()
+        return error_file(self.settings, 0).read_text()
+
+
+def error_file(settings: ServeSettings, index: int) -> Path:
+    return Path(settings.runtime_dir) / f"api-{index}.stderr"
+
+
+async def start_api(settings: ServeSettings, *, index: int) -> asyncio.subprocess.Process:
+    settings_file = Path(settings.runtime_dir) / "settings.json"
+    settings_file.write_text(settings.to_json())
+    with error_file(settings, index).open("wb") as errors:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "tpmodel_worker.api", "--settings-file", str(settings_file), "--index", str(index)),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=errors,
+        )
 
 
 def free_port() -> int:
@@ -68,8 +93,6 @@ async def api_under_test(
             "drain_timeout": 5.0,
         }
         chosen = ServeSettings(**(values | settings))
-        settings_file = root / "settings.json"
-        settings_file.write_text(chosen.to_json())
         reports: asyncio.Queue[pod_pb2.ProcessReport] = asyncio.Queue()
 
         async def on_report(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,15 +102,11 @@ async def api_under_test(
 
         supervisor = await asyncio.start_unix_server(on_report, path=str(chosen.report_socket))
         async with ScriptedEngine(chosen.front_socket, script) as engine:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "tpmodel_worker.api", "--settings-file", str(settings_file), "--index", "0"),
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
+            process = await start_api(chosen, index=0)
             try:
                 async with asyncio.timeout(START_SECONDS):
                     report = await reports.get()
-                yield ApiUnderTest(chosen, engine, tokenizer, process, report)
+                yield ApiUnderTest(chosen, engine, tokenizer, process, report, reports)
             finally:
                 if process.returncode is None:
                     process.kill()

@@ -9,6 +9,8 @@ from pathlib import Path
 from tpmodel.v1 import inference_pb2, pod_pb2, worker_pb2
 from tpmodel_worker.framing import frame, read_message
 
+WAIT_SECONDS = 10.0
+
 Script = Callable[["Exchange"], Awaitable[None]]
 
 
@@ -82,7 +84,8 @@ class ScriptedEngine:
     def __init__(self, path: Path, script: Script) -> None:
         self.script = script
         self.submits: list[pod_pb2.SubmitRequest] = []
-        self.cancels: asyncio.Queue[pod_pb2.CancelRequest] = asyncio.Queue()
+        self._cancels: list[pod_pb2.CancelRequest] = []
+        self._cancelled = asyncio.Condition()
         self.state = worker_pb2.EngineState(phase=worker_pb2.PHASE_SERVING, weight_version=3, running=1, waiting=2)
         self._path = path
         self._writers: set[asyncio.StreamWriter] = set()
@@ -101,9 +104,23 @@ class ScriptedEngine:
             task.cancel()
         self._path.unlink(missing_ok=True)
 
+    @property
+    def connections(self) -> int:
+        return len(self._writers)
+
     def drop_connections(self) -> None:
         for writer in self._writers:
             writer.close()
+
+    def cancels_of(self, handle: int) -> list[pod_pb2.CancelRequest]:
+        """The cancels of a request so far."""
+        return [cancel for cancel in self._cancels if cancel.handle == handle]
+
+    async def wait_for_cancel(self, handle: int) -> pod_pb2.CancelRequest:
+        """The first cancel of a request."""
+        async with asyncio.timeout(WAIT_SECONDS), self._cancelled:
+            await self._cancelled.wait_for(lambda: self.cancels_of(handle))
+        return self.cancels_of(handle)[0]
 
     async def set_phase(self, phase: worker_pb2.Phase.ValueType) -> None:
         self.state.phase = phase
@@ -120,7 +137,9 @@ class ScriptedEngine:
         try:
             while (message := await read_message(reader, pod_pb2.FrontRequest)) is not None:
                 if message.HasField("cancel"):
-                    self.cancels.put_nowait(message.cancel)
+                    async with self._cancelled:
+                        self._cancels.append(message.cancel)
+                        self._cancelled.notify_all()
                 else:
                     self.submits.append(message.submit)
                     task = asyncio.ensure_future(self._run(Exchange(message.submit, self)))

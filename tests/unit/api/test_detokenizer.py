@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.text_checkpoint import END, SENTENCES, train_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from support.text_checkpoint import END, SENTENCES, train_tokenizer
 from tpmodel_worker.api.tokenizer import Tokenizer as ServedTokenizer
 
 PLAIN = ["a", "b", "▁", "▁a", "▁▁", "hello", "▁world", "é", "ab", "▁the", "c", "▁c"]

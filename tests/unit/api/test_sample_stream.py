@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.text_checkpoint import END, train_tokenizer
 
+from support.text_checkpoint import END, train_tokenizer
 from tpmodel.v1 import inference_pb2, worker_pb2
 from tpmodel_worker.api.sample_stream import SampleStream
 from tpmodel_worker.api.stop_strings import StopMatcher, StopStrings
@@ -36,7 +38,7 @@ def run(stream: SampleStream, ids: list[int], cuts: list[int]) -> list[tuple[lis
     """Feeds the ids in batches that end at the cuts; returns the chunks."""
     chunks = []
     borders = sorted({0, *(cut for cut in cuts if cut < len(ids)), len(ids)})
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         if end < len(ids):
             stream.push(ids[start:end])
         else:

@@ -22,6 +22,7 @@ from tpmodel_worker.settings import ServeSettings
 logger = logging.getLogger(__name__)
 
 _LISTEN_BACKLOG = 1024
+_LAME_DUCK_SECONDS = 0.3
 
 
 class _HttpServer(uvicorn.Server):
@@ -64,6 +65,9 @@ async def serve(model: ServedModel, name: str) -> None:
         await stopping.wait()
         logger.info("stopping; running streams have %.0f s", settings.drain_timeout)
         link.close_to_new_requests()
+        # A call that meets a stopping gRPC server ends as CANCELLED, which clients do not retry. So calls are
+        # refused as UNAVAILABLE until health checks and connections in the making have caught up.
+        await asyncio.sleep(_LAME_DUCK_SECONDS)
         http_server.should_exit = True
         await asyncio.gather(http, grpc_server.stop(settings.drain_timeout))
         for helper in helpers:
