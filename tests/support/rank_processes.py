@@ -27,7 +27,8 @@ class RankProcesses:
     """The parent's end; a context manager that leaves no process behind."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "support.rank_processes"],
             stdin=subprocess.PIPE,

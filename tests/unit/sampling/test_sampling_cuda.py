@@ -50,7 +50,7 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 def test_tokens_and_logprobs_equal_those_of_the_cpu():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     on_cpu, on_cuda = make_sampler(cpu), make_sampler(cuda)
     slots = range(len(VARIETY))
     active = torch.ones(len(VARIETY), dtype=torch.bool)
@@ -70,7 +70,7 @@ def test_tokens_and_logprobs_equal_those_of_the_cpu():
 
 @pytest.mark.usefixtures("_waiting_is_an_error")
 def test_nothing_waits_for_the_device():
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     sampler = make_sampler(device)
     rows = len(VARIETY)
     logits = torch.zeros(rows, VOCAB_SIZE, device=device)
