@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import pynvml
 
@@ -44,14 +45,14 @@ def check_settings(settings: ServeSettings) -> ServeSettings:
     return dataclasses.replace(settings, max_model_len=model.max_model_len, log_format=log_format)
 
 
-def check_devices(settings: ServeSettings) -> None:
+def check_devices(settings: ServeSettings, *, count_devices: Callable[[], int] | None = None) -> None:
     """Raises ConfigurationError when there are more ranks than CUDA devices; warns of more ranks than cores."""
     if settings.device == "cpu":
         cores = linux.available_cores()
         if settings.world_size > cores:
             _log.warning("%d ranks share %d cores: they will wait for each other", settings.world_size, cores)
         return
-    devices = count_cuda_devices()
+    devices = (count_devices or count_cuda_devices)()
     if settings.world_size > devices:
         raise ConfigurationError(f"--tp {settings.world_size}: more ranks than the {devices} CUDA devices here")
 

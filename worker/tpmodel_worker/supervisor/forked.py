@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK
+from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.supervisor.fork_client import ForkServer, ForkServerError
 from tpmodel_worker.supervisor.lifecycle import Ending, RestartPolicy, judge_repeated
 from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTable
@@ -134,8 +135,8 @@ class ForkedProcesses:
                 assert process is not None
                 await self._require_hello(member, process)
             except ForkServerError as error:
-                _log.warning("%s could not be started: %s", member.name, error)
-                await asyncio.sleep(member.policy.longest_pause_seconds)
+                if not await self._pause_or_give_up(member, error):
+                    return
                 continue
             ended = await process.ended()
             self._on_change()
@@ -150,6 +151,16 @@ class ForkedProcesses:
                 return
             _log.warning("%s; starting it again in %.1f s", ended.describe(), pause)
             await asyncio.sleep(pause)
+
+    async def _pause_or_give_up(self, member: _Member, error: ForkServerError) -> bool:
+        """Notes that a member could not be started, and whether to try again, after the pause that it makes."""
+        pause = member.policy.pause(time.monotonic())
+        _log.warning("%s could not be started: %s", member.name, error)
+        if member.policy.exhausted:
+            self._end_pod(Ending(ExitCode.RESTART_GANG, f"{member.name} could not be started: {error}"))
+            return False
+        await asyncio.sleep(pause)
+        return True
 
     async def respawn(self, rank: int, epoch: int) -> Process:
         """Replaces a rank (a live process is killed first) and returns the new one once it said hello.

@@ -1,6 +1,6 @@
 """The main process of a pod.
 
-Exit codes: those of exit_codes.py. The first SIGTERM or SIGINT drains: running requests are finished, within
+Exit codes: those of exit_codes.py. The first SIGTERM, SIGINT or SIGHUP drains: running requests are finished, within
 settings.drain_timeout. A SIGINT after that (a second Ctrl-C) ends everything at once, with 130.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tpmodel_worker import logs
@@ -82,13 +82,19 @@ def _signals(pod: Pod) -> Iterator[None]:
         else:
             pod.drain("SIGINT")
 
-    loop.add_signal_handler(signal.SIGTERM, pod.drain, "SIGTERM")
-    loop.add_signal_handler(signal.SIGINT, interrupt)
-    loop.add_signal_handler(signal.SIGCHLD, pod.reap_orphans)
+    handlers: dict[signal.Signals, Callable[[], None]] = {
+        signal.SIGTERM: lambda: pod.drain("SIGTERM"),
+        signal.SIGINT: interrupt,
+        signal.SIGCHLD: pod.reap_orphans,
+    }
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        handlers[signal.SIGHUP] = lambda: pod.drain("SIGHUP")
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     try:
         yield
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in handlers:
             loop.remove_signal_handler(number)
 
 

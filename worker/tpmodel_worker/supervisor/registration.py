@@ -38,6 +38,7 @@ class Registration:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._instance_id = ""
+        self._last_refusal = ""
 
     async def instance_id(self) -> str:
         """The engine instance that the pod is registered with, "" before.
@@ -72,9 +73,7 @@ class Registration:
         try:
             response = await stub.Register(request, timeout=_CALL_SECONDS, metadata=token_metadata(self._token))
         except grpc.aio.AioRpcError as error:
-            # While the engine starts nothing listens there: not worth a warning.
-            level = logging.DEBUG if error.code() is grpc.StatusCode.UNAVAILABLE else logging.WARNING
-            _log.log(level, "registering with the engine: %s: %s", error.code().name, error.details())
+            self._note_refusal(error)
             return False
         finally:
             self._quiet.set()
@@ -82,6 +81,13 @@ class Registration:
             _log.info("registered with engine instance %s", response.instance_id)
         self._instance_id = response.instance_id
         return True
+
+    def _note_refusal(self, error: grpc.aio.AioRpcError) -> None:
+        # Tried twice a second: said once. While the engine starts nothing listens there, which is not worth saying.
+        refusal = f"{error.code().name}: {error.details()}"
+        if error.code() is not grpc.StatusCode.UNAVAILABLE and refusal != self._last_refusal:
+            _log.warning("registering with the engine: %s", refusal)
+        self._last_refusal = refusal
 
     async def _change_or_break(self, channel: grpc.aio.Channel) -> None:
         waits = [

@@ -7,6 +7,7 @@ The ready line goes to standard output, everything else to standard error. Its f
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Literal, Never
@@ -56,10 +57,10 @@ class Terminal:
                 sys.stdout.flush()
             case Draining(reason):
                 self._close_bar()
-                self._print(f"tpmodel: {reason}: finishing running requests")
+                self._say(f"{reason}: finishing running requests")
             case Ended(ending):
                 self._close_bar()
-                self._print(f"tpmodel: ended: {ending.cause}")
+                self._say(f"ended: {ending.cause}")
 
     def _show_progress(self, state: worker_pb2.EngineState) -> None:
         if state.phase != worker_pb2.PHASE_LOADING or not state.load_total_bytes:
@@ -72,16 +73,19 @@ class Terminal:
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_SECONDS
             done, total = state.load_done_bytes, state.load_total_bytes
-            self._print(
-                label("supervisor", f"loading: {done} of {total} bytes ({state.load_percent:.0f}%)", self._format)
-            )
+            self._say(f"loading: {done} of {total} bytes ({state.load_percent:.0f}%)")
 
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
+    def _say(self, message: str) -> None:
+        line = f"tpmodel: {message}"
+        self._print(line if self._format == "text" else label("supervisor", line, self._format))
+
     def _print(self, line: str) -> None:
-        # Through the bar, which would otherwise be torn apart.
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; serving goes on
+            # Through the bar, which would otherwise be torn apart.
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
