@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.api_process import ApiUnderTest, api_under_test
 from support.scripted_engine import Exchange, replies
 from support.text_checkpoint import END
-from tpmodel.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+from tpmodel.v1 import inference_pb2, inference_pb2_grpc, pod_pb2, worker_pb2
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -190,6 +190,34 @@ async def test_a_stop_string_of_one_sample_cancels_only_that_one(
     assert [ids_and_text(chunks, index)[1] for index in (0, 1)] == ["the lazy dog", "the quick "]
     assert [sample.stop for sample in completion.samples] == ["", "STOP"]
     assert api.engine.cancels_of(handle) == [cancel]
+
+
+async def test_256_streams_at_once_on_one_channel(
+    api: ApiUnderTest, stub: inference_pb2_grpc.InferenceServiceAsyncStub
+) -> None:
+    everybody: list[Exchange] = []
+    complete = asyncio.Event()
+
+    async def join(exchange: Exchange) -> None:
+        await exchange.admit()
+        everybody.append(exchange)
+        if len(everybody) == 256:
+            complete.set()
+
+    api.engine.script = join
+    streams = [
+        asyncio.create_task(generate(stub, prompt(sampling=inference_pb2.SamplingParams(stop=["fox"]))))
+        for _ in range(256)
+    ]
+    await asyncio.wait_for(complete.wait(), SECONDS)
+    # As the engine does it: every step is one message with a token for each stream.
+    ids = encode(api, f"{TEXT} never sent")
+    for token_id in ids:
+        outputs = [pod_pb2.Output(handle=exchange.submit.handle, token_ids=[token_id]) for exchange in everybody]
+        await api.engine.send(pod_pb2.FrontResponse(outputs=pod_pb2.OutputBatch(outputs=outputs)))
+    for chunks, completion in await asyncio.gather(*streams):
+        assert ids_and_text(chunks) == (encode(api, TEXT), TEXT.removesuffix("fox"))
+        assert completion.usage.completion_tokens == len(encode(api, TEXT))
 
 
 async def test_a_client_that_goes_away_is_cancelled_in_the_engine(

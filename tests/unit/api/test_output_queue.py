@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import grpc
 import pytest
 
 from tpmodel.v1 import inference_pb2, pod_pb2
-from tpmodel_worker.api.engine_link import OutputQueue
+from tpmodel_worker.api.engine_link import EngineLink, OutputQueue
 from tpmodel_worker.api.errors import ApiError, unavailable
 
 
@@ -57,6 +58,15 @@ async def test_what_arrived_before_a_failure_is_given_out_first() -> None:
     assert len(await queue.take()) == 1
     with pytest.raises(ApiError, match="gone"):
         await queue.take()
+
+
+def test_without_a_connection_nothing_is_accepted(tmp_path: Path) -> None:
+    """W22: work before the build."""
+    link = EngineLink(tmp_path / "front.sock")
+    assert not link.serving
+    with pytest.raises(ApiError, match="world not built yet") as failure:
+        link.check_accepting()
+    assert failure.value.code == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_the_engines_error_becomes_the_requests() -> None:

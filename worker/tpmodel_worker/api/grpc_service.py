@@ -145,7 +145,8 @@ def make_grpc_server(model: ServedModel, link: EngineLink, metrics: ApiMetrics) 
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(link), server)
     health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     reflection.enable_server_reflection((INFERENCE_SERVICE, health_service, reflection.SERVICE_NAME), server)
-    server.add_insecure_port(f"{settings.host}:{settings.port}")
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    server.add_insecure_port(f"{host}:{settings.port}")
     return server
 
 
