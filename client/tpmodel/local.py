@@ -163,5 +163,7 @@ class LocalServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stops it."""
+        """Stops it; where the block failed, shows the server's last lines beside the error."""
+        if error is not None and not self._echo:
+            print("\n".join(["last lines of the server:", *self._lines[-40:]]), file=sys.stderr)
         self.stop()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.checkpoints import BASE, VARIANTS, make_checkpoint, random_prompts
+from support.devices import DEVICES
 from support.oracle import Reference, TieLedger
 from support.scale import ORACLE_PROMPTS, ORACLE_TOKENS
 from tpmodel import AsyncClient, Client
@@ -57,12 +58,13 @@ def one_by_one(target: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("device", DEVICES)
 def test_greedy_tokens_are_those_of_transformers(
-    variant: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
+    device: str, variant: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
 ) -> None:
     reference = Reference(checkpoints[variant])
     prompts = prompts_for(variant, seed=tp)
-    with LocalServer(checkpoints[variant], tp=tp, device="cpu", options=CHUNKED) as server:
+    with LocalServer(checkpoints[variant], tp=tp, device=device, options=CHUNKED) as server:
         batched = asyncio.run(all_at_once(server.target, prompts))
         alone = one_by_one(server.target, prompts)
     for index, prompt in enumerate(prompts):
@@ -73,13 +75,16 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_greedy_tokens_survive_preemption(tp: int, checkpoints: dict[str, Path], ledger: TieLedger) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_greedy_tokens_survive_preemption(
+    device: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
+) -> None:
     """A KV cache of 24 blocks of 16 tokens holds fewer than two of the longest sequences."""
     reference = Reference(checkpoints["untied"])
     prompts = prompts_for("untied", seed=100 + tp)
     bytes_per_block = 16 * 2 * BASE["num_hidden_layers"] * (BASE["num_key_value_heads"] // tp) * BASE["head_dim"] * 4
     options = [*OPTIONS, "--kv-cache-memory", str(24 * bytes_per_block), "--max-model-len", "256"]
-    with LocalServer(checkpoints["untied"], tp=tp, device="cpu", options=options) as server:
+    with LocalServer(checkpoints["untied"], tp=tp, device=device, options=options) as server:
         served = asyncio.run(all_at_once(server.target, prompts))
         assert preemptions(server) > 0
     for index, prompt in enumerate(prompts):
