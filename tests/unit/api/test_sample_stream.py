@@ -147,6 +147,16 @@ def test_the_ids_of_a_stop_string_are_emitted_and_counted_and_later_ones_dropped
     assert (stream.token_count, stream.finish_reason, stream.stop) == (len(ids), STOP, "jumps")
 
 
+def test_a_stop_string_that_began_before_the_resumption_takes_back_nothing() -> None:
+    stream = sample(["k fo"])
+    stream.prime(TOKENIZER.encode("quick", add_special_tokens=False))
+    (fox,) = TOKENIZER.encode(" fox", add_special_tokens=False)
+    stream.push([fox])
+    emission = stream.take()
+    assert emission is not None
+    assert (emission.token_ids, emission.text, stream.stop) == ([fox], "", "k fo")
+
+
 def test_include_stop_keeps_the_stop_string_and_nothing_behind_it() -> None:
     stream = sample(["jum"], include_stop=True)
     stream.push(TOKENIZER.encode("fox jumps over", add_special_tokens=False))

@@ -110,9 +110,7 @@ class WindowDetokenizer:
         return new
 
     def _slide(self) -> None:
-        window = self._window[self._last_release :]
-        text = self._decode(window)
-        # A window without text would lose the next word's leading space.
-        if text:
-            self._window, self._window_text = window, text
-            self._last_release, self._released = 0, len(window)
+        # What the last release added stays as context.
+        self._window = self._window[self._last_release :]
+        self._window_text = self._decode(self._window)
+        self._last_release, self._released = 0, len(self._window)
