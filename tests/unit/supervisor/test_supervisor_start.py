@@ -1,0 +1,73 @@
+"""What a supervisor checks and makes before any process starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import stat
+from pathlib import Path
+
+import pytest
+
+from support.supervised import stand_in_settings
+from tpmodel_worker.settings import ServeSettings
+from tpmodel_worker.supervisor.configuration import ConfigurationError, check_devices, check_settings
+from tpmodel_worker.supervisor.runtime import RuntimeFolderError, runtime_folder, write_settings_file
+
+
+def test_more_ranks_than_cuda_devices_are_refused_with_both_numbers(tmp_path: Path) -> None:
+    """P2."""
+    settings = stand_in_settings(tmp_path, device="cuda", world_size=4)
+    with pytest.raises(ConfigurationError, match="--tp 4: more ranks than the 2 CUDA devices here"):
+        check_devices(settings, count_devices=lambda: 2)
+    check_devices(settings, count_devices=lambda: 4)
+
+
+def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_devices(stand_in_settings(tmp_path, world_size=4096))
+    assert "4096 ranks share" in caplog.text
+
+
+def test_a_folder_without_config_json_is_named(tmp_path: Path) -> None:
+    settings = dataclasses.replace(stand_in_settings(tmp_path), model_path=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match="nowhere"):
+        check_settings(settings)
+
+
+def test_config_json_decides_the_context_length(tmp_path: Path) -> None:
+    assert check_settings(stand_in_settings(tmp_path)).max_model_len == 128
+    assert check_settings(stand_in_settings(tmp_path, max_model_len=64)).max_model_len == 64
+
+
+def test_the_other_processes_are_told_a_definite_log_format(tmp_path: Path) -> None:
+    assert check_settings(stand_in_settings(tmp_path, log_format="auto")).log_format in ("json", "text")
+
+
+def test_the_runtime_folder_is_private_and_removed(tmp_path: Path) -> None:
+    with runtime_folder(stand_in_settings(tmp_path, runtime_dir=str(tmp_path))) as settings:
+        folder = Path(settings.runtime_dir)
+        assert folder.parent == tmp_path
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert settings.metrics_dir.is_dir()
+        path = write_settings_file(settings)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert ServeSettings.from_json(path.read_text()) == settings
+    assert not folder.exists()
+
+
+def test_a_token_is_drawn_where_none_is_given(tmp_path: Path) -> None:
+    settings = stand_in_settings(tmp_path, token="", runtime_dir=str(tmp_path))
+    with runtime_folder(settings) as first, runtime_folder(settings) as second:
+        assert len(first.token) >= 32
+        assert first.token != second.token
+    with runtime_folder(dataclasses.replace(settings, token="given")) as third:
+        assert third.token == "given"
+
+
+def test_a_path_too_long_for_unix_sockets_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    with pytest.raises(RuntimeFolderError, match="too long for a Unix socket"):
+        runtime_folder(stand_in_settings(tmp_path, runtime_dir=str(long))).__enter__()
+    assert list(long.iterdir()) == []
