@@ -21,9 +21,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCABULARY)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(
+    scope="module", params=[("cpu", 1), ("cpu", 2), pytest.param(("cuda", 2), marks=pytest.mark.gpu)], ids=str
+)
 def gang(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGang]:
-    gang = RankGang(tmp_path_factory.mktemp("gang"), request.param)
+    device, world_size = request.param
+    gang = RankGang(tmp_path_factory.mktemp("gang"), world_size, device=device)
     yield gang
     gang.close()
 
@@ -104,3 +107,57 @@ async def test_greedy_matches_transformers_with_two_plans_outstanding(world: Wor
     reference = Reference(checkpoint)
     for index, (prompt, output) in enumerate(zip(prompts, sequences.outputs, strict=True)):
         reference.check_greedy(prompt, output, ledger, what=f"prompt {index}")
+
+
+async def test_a_stop_id_ends_a_sequence_in_the_middle_of_a_plan(world: World) -> None:
+    """P14: its slot and blocks take another sequence with the next plan."""
+    prompts = random_prompts(2, shortest=6, longest=9, vocabulary=VOCABULARY, seed=2)
+    free = Sequences(world, prompts, max_tokens=12)
+    await world.plan(free.admit_all())
+    await world.plan(free.decode(8))
+    for _ in range(9):
+        await free.receive()
+    stop = free.outputs[0][4]
+    stopped = Sequences(world, prompts, max_tokens=12)
+    plan = stopped.admit_all()
+    plan.admissions[0].sampling.stop_token_ids.extend([stop, VOCABULARY - 1])
+    plan.releases.extend([0, 1])
+    await world.plan(plan)
+    await world.plan(stopped.decode(8))
+    replies = [await stopped.receive() for _ in range(9)]
+    length = free.outputs[0].index(stop) + 1
+    assert stopped.outputs == [free.outputs[0][:length], free.outputs[1]]
+    assert list(replies[length - 1].finished) == [pb.FINISHED_STOP, 0]
+    assert list(replies[length].slots) == [1]
+
+
+async def test_chunks_prefix_hits_and_block_copies_give_the_same_tokens(world: World) -> None:
+    """A prompt in chunks beside a decoding slot; another that shares its first block and copies its second."""
+    (prompt,) = random_prompts(1, shortest=13, longest=13, vocabulary=VOCABULARY, seed=5)
+    steps = Sequences(world, [prompt, prompt], max_tokens=6)
+    await world.plan(
+        pb.GenerateStepRequest(
+            admissions=[admission(0, prompt, max_tokens=6)],
+            block_table_deltas=[pb.BlockTableDelta(slot=0, blocks=[7, 3, 9])],
+            prefill_chunks=[pb.PrefillChunk(slot=0, length=5)],
+            steps=1,
+        )
+    )
+    await world.plan(pb.GenerateStepRequest(prefill_chunks=[pb.PrefillChunk(slot=0, length=8)], steps=1))
+    assert not (await steps.receive()).slots
+    await steps.receive()
+    await world.plan(
+        pb.GenerateStepRequest(
+            admissions=[admission(1, prompt, max_tokens=6, computed_length=12)],
+            block_table_deltas=[pb.BlockTableDelta(slot=1, blocks=[7, 5, 1])],
+            block_copies=[pb.BlockCopy(source=3, target=5)],
+            decode_slots=[0],
+            prefill_chunks=[pb.PrefillChunk(slot=1, length=1)],
+            steps=1,
+        )
+    )
+    await world.plan(steps.decode(5))
+    for _ in range(6):
+        await steps.receive()
+    assert len(steps.outputs[0]) == len(steps.outputs[1]) == 6
+    assert steps.outputs[0] == steps.outputs[1]

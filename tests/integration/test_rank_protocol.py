@@ -112,6 +112,9 @@ class TestSession:
         async with new_world(gang) as newer:
             assert errors(await newer.init()) == [0, 0]
             assert errors(await newer.control(nccl_sanity_check=pb.NcclSanityCheckRequest())) == [0, 0]
+            assert (await world.sessions[0].receive()).error.kind == pb.ERROR_KIND_ABORTED
+            for session in world.sessions:
+                assert await asyncio.wait_for(session.call.code(), 5.0) is grpc.StatusCode.OK
 
     async def test_an_epoch_that_is_no_number_is_refused(self, gang: RankGang) -> None:
         session = RankSession(gang, 0, 0)
@@ -236,6 +239,13 @@ class TestAbort:
         )
         assert (status.epoch, status.state) == (world.epoch, "aborted")
 
+    async def test_what_is_asked_after_an_abort_is_answered(self, world: World) -> None:
+        """P1"""
+        await world.init()
+        await world.abort()
+        replies = await world.control(unload_model=pb.UnloadModelRequest())
+        assert errors(replies) == [pb.ERROR_KIND_ABORTED] * 2
+
     async def test_aborting_an_older_epoch_changes_nothing(self, world: World) -> None:
         """W25"""
         await world.init()
@@ -324,6 +334,7 @@ class TestModel:
         large.load_format, large.config_json, large.safetensors_paths[:] = "dummy", json.dumps(config), []
         # Two layers hold less than an embedding and a head of 50,000 rows of 64.
         least = 2 * 50_000 * 64 * 4
+        await world.control(unload_model=pb.UnloadModelRequest())
         shared = [_shared_bytes(process.pid) for process in gang.processes]
         await world.build(large, num_blocks=1000)
         held = [gang.link.held(rank) for rank in range(2)]

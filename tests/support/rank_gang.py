@@ -130,6 +130,11 @@ class RankSession:
         assert (response.epoch, response.seq) == (self.epoch, seq)
         return response
 
+    async def abort(self, timeout: float = 5.0) -> None:
+        """Aborts the session's epoch on its rank."""
+        request = pb.AbortRequest(epoch=self.epoch, reason="test")
+        await self.stub.Abort(request, metadata=self.metadata, timeout=timeout)
+
     async def close(self) -> None:
         """Cancels the session."""
         self.call.cancel()
@@ -193,10 +198,7 @@ class World:
 
     async def abort(self, timeout: float = 5.0) -> None:
         """Aborts the epoch on every rank."""
-        request = pb.AbortRequest(epoch=self.epoch, reason="test")
-        await asyncio.gather(
-            *(session.stub.Abort(request, metadata=session.metadata, timeout=timeout) for session in self.sessions)
-        )
+        await asyncio.gather(*(session.abort(timeout) for session in self.sessions))
 
     async def close(self) -> None:
         """Closes every session."""

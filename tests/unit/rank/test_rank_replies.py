@@ -127,6 +127,14 @@ def test_other_ranks_answer_within_50_ms_without_another_plan(make_replies: Call
     assert 0.04 < time.monotonic() - started < 1.0
 
 
+def test_a_late_acknowledgement_has_the_checksum_as_of_its_plan(make_replies: Callable[[int], Replies]) -> None:
+    """P11: although steps of the next plan were done before it went out."""
+    replies = make_replies(1)
+    replies.thread.step(outcome(7, (0, 50, 0)))
+    replies.thread.step(outcome(8, (0, 51, 0), last=False))
+    assert replies.next().generate_step_ok.checksum == checksum((7, 0, 0, 50, 0))
+
+
 def test_settling_is_answered_at_once_by_every_rank(make_replies: Callable[[int], Replies]) -> None:
     """P11"""
     for rank in (0, 1):

@@ -11,6 +11,7 @@ import torch
 
 from tpmodel_worker import logs
 from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.rank.compilation import announce_compilations
 from tpmodel_worker.rank.session import EpochGate
 from tpmodel_worker.rank.status import StatusBoard
 from tpmodel_worker.rank.worker import Worker
@@ -34,6 +35,8 @@ def run_rank(settings: ServeSettings, rank: int) -> None:
     threading.Thread(target=_end_with_supervisor, args=(arenas,), name="supervisor link", daemon=True).start()
     gate = EpochGate()
     status = StatusBoard(rank=rank, device=str(device), threads=torch.get_num_threads())
+    if device.type == "cuda":
+        announce_compilations(status)
     worker = Worker(rank=rank, device=device, arenas=arenas, gate=gate, status=status)
 
     # After the fork, and so in this function.
@@ -52,7 +55,10 @@ def run_rank(settings: ServeSettings, rank: int) -> None:
 def _device(settings: ServeSettings, rank: int) -> torch.device:
     if settings.device == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", rank % torch.cuda.device_count())
+    devices = torch.cuda.device_count()
+    if devices == 0:
+        raise SystemExit(f"rank {rank}: device cuda was asked for, but torch finds no CUDA device")
+    device = torch.device("cuda", rank % devices)
     torch.cuda.set_device(device)
     return device
 

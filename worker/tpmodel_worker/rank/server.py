@@ -35,6 +35,10 @@ _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     # The engine's keepalive asks every few seconds, also while no call is open.
     ("grpc.keepalive_permit_without_calls", 1),
+    # A session whose engine has vanished without a word ends, too.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     ("grpc.so_reuseport", 0),
 )
@@ -113,22 +117,27 @@ class _Session:
     def send(self, response: pb.SessionResponse) -> None:
         """From any thread: a reply of the computing side."""
         with contextlib.suppress(RuntimeError):  # The loop is closed: so is every session.
-            self._loop.call_soon_threadsafe(self._send, response)
+            self._loop.call_soon_threadsafe(self.send_here, response)
 
-    def _send(self, response: pb.SessionResponse) -> None:
+    def send_here(self, response: pb.SessionResponse) -> None:
+        """In the I/O thread: as send."""
         if self.protocol.reply(response):
             self.outgoing.put_nowait(response)
         else:
             _logger.debug("a reply to nothing is dropped", extra={"epoch": response.epoch, "seq": response.seq})
         self.said_bye = self.said_bye or response.HasField("bye")
         if self.said_bye or (self._half_closed and self.protocol.idle):
-            self.outgoing.put_nowait(None)
+            self.end()
 
     def half_close(self) -> None:
         """No more requests come: the session ends with its last reply."""
         self._half_closed = True
         if self.protocol.idle:
-            self.outgoing.put_nowait(None)
+            self.end()
+
+    def end(self) -> None:
+        """Ends the stream after what was sent."""
+        self.outgoing.put_nowait(None)
 
 
 class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
@@ -137,6 +146,8 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._gate = gate
         self._status = status
         self._arenas = arenas
+        self._session: _Session | None = None
+        """The newest one."""
         self._background: set[asyncio.Task[None]] = set()
 
     # A coroutine that writes, since a cancelled generator would not be closed at once.
@@ -149,6 +160,9 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         epoch = await _epoch_of(context)
         await self._open(epoch, context)
         session = _Session(epoch, asyncio.get_running_loop())
+        if self._session is not None:
+            self._session.end()
+        self._session = session
         self._worker.open(epoch, session.send)
         reader = asyncio.create_task(self._read(request_iterator, session))
         try:
@@ -179,10 +193,14 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def _read(self, requests: AsyncIterator[pb.SessionRequest], session: _Session) -> None:
         async for request in requests:
             refusal = session.protocol.receive(request)
-            if refusal is None:
-                self._worker.submit(request)
-            else:
+            if refusal is not None:
                 session.outgoing.put_nowait(refusal)
+            elif self._gate.ended >= request.epoch:
+                # The computing thread may have left the epoch, and would not answer.
+                error = pb.Error(kind=pb.ERROR_KIND_ABORTED, message=f"epoch {request.epoch} has ended")
+                session.send_here(pb.SessionResponse(epoch=request.epoch, seq=request.seq, error=error))
+            else:
+                self._worker.submit(request)
         session.half_close()
 
     async def Ping(  # noqa: N802
@@ -233,9 +251,9 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 self._arenas.abort_done(epoch)
             else:
                 self._arenas.abort_started(epoch, ABORT_SECONDS)
-        except ArenaLinkError:
+        except ArenaLinkError as error:
             # The end of the link ends the process; until then there is nobody to tell.
-            _logger.warning("the supervisor could not be told of the abort", exc_info=True, extra={"epoch": epoch})
+            _logger.warning("the supervisor could not be told of the abort: %s", error, extra={"epoch": epoch})
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

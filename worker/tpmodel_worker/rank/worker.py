@@ -13,12 +13,15 @@ import torch
 
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
 from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
+from tpmodel_worker.loading.errors import CheckpointError
+from tpmodel_worker.models.config import ConfigError
 from tpmodel_worker.rank.errors import RequestError, describe
 from tpmodel_worker.rank.replies import ReplyThread, Send
 from tpmodel_worker.rank.runner import StepRunner
-from tpmodel_worker.rank.session import EpochGate
+from tpmodel_worker.rank.session import EpochEndedError, EpochGate
 from tpmodel_worker.rank.shard import ShardHolder
 from tpmodel_worker.rank.status import StatusBoard
 
@@ -29,6 +32,8 @@ ABORT_SECONDS = 5.0
 _INSTANCE_GRACE_SECONDS = 2.0
 _INSTANCE_POLL_SECONDS = 0.05
 _PROGRESS_SECONDS = 0.1
+# Failures whose message says it all: no traceback is logged.
+_EXPECTED = (RequestError, EpochEndedError, CommunicatorError, ConfigError, CheckpointError, ArenaError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,7 @@ class Worker:
 
     def _execute(self, epoch: _Epoch, request: pb.SessionRequest) -> None:
         name = request.WhichOneof("request") or ""
+        fields = {"epoch": request.epoch, "seq": request.seq}
         try:
             self._gate.check(epoch.number)
             if name == "generate_step":
@@ -139,10 +145,12 @@ class Worker:
             response = self._handlers[name](epoch, request)
             response.epoch, response.seq = request.epoch, request.seq
             self._status.update(last_seq=request.seq)
-        except Exception as error:  # The boundary: whatever a request raises becomes its reply.
-            fields = {"epoch": request.epoch, "seq": request.seq}
-            _logger.exception("%s failed", name, extra=fields)
+        except _EXPECTED as error:
             response = pb.SessionResponse(epoch=request.epoch, seq=request.seq, error=describe(error))
+            _logger.warning("%s failed: %s", name, response.error.message, extra=fields)
+        except Exception as error:  # The boundary: whatever a request raises becomes its reply.
+            response = pb.SessionResponse(epoch=request.epoch, seq=request.seq, error=describe(error))
+            _logger.exception("%s failed", name, extra=fields)
         epoch.replies.response(response)
 
     def _init(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
