@@ -24,6 +24,7 @@ class _GangService(worker_pb2_grpc.GangServiceServicer):
             supervisor_port=request.supervisor_port,
             rendezvous=request.rendezvous,
             ranks={entry.rank: entry.pid for entry in request.ranks},
+            ports=[entry.port for entry in sorted(request.ranks, key=lambda entry: entry.rank)],
         )
         self._registered.append(request)
         return worker_pb2.RegisterResponse(instance_id=self._instance)

@@ -1,7 +1,7 @@
 """Stand-ins for engine, api, rank and rendezvous processes, so that a supervisor can be tried alone.
 
 All are steered by files in $STAND_INS: `phase` (the phase that the engine reports once its ranks are registered),
-`failure` (JSON {exit_code, cause}: the engine reports that it failed), `drain_seconds`, `engine_exit_code`,
+`failure` (JSON {exit_code, cause}: the engine reports that it failed), `instance`, `drain_seconds`, `engine_exit_code`,
 `crashes_of_rank_N` (how many more of rank N's processes end by SIGSEGV at their start), `exit_code_of_rank_N`,
 `script_of_rank_N` (JSON list of steps), `api_exit_code`. What they see goes to `events`, one JSON object per line.
 """
@@ -131,7 +131,7 @@ async def engine(settings: ServeSettings) -> int:
     """Takes registrations and reports whatever phase the files ask for."""
     from support.stand_in_gang import serve_gang
 
-    instance = f"engine of {os.getpid()}"
+    instance = _read("instance", f"engine of {os.getpid()}")
     registered: list[worker_pb2.RegisterRequest] = []
     server = await serve_gang(settings, instance, registered)
     reader, writer = await asyncio.open_unix_connection(str(settings.report_socket))

@@ -66,20 +66,21 @@ def stand_in_settings(folder: Path, **changes: Any) -> ServeSettings:
 
 
 def program() -> None:
-    """What the supervisor's process runs: settings as JSON in the first argument, termination log in the second."""
+    """What the supervisor's process runs. Arguments: settings as JSON, termination log, whether ranks are real."""
     from tpmodel_worker import logs
     from tpmodel_worker.supervisor.entries import EntryPoints
     from tpmodel_worker.supervisor.main import run_supervisor
     from tpmodel_worker.supervisor.terminal import Terminal
 
     command = (sys.executable, "-m", "support.stand_ins")
-    entries = EntryPoints(
-        engine=(*command, "engine"),
-        api=(*command, "api"),
-        rank="support.stand_ins:run_rank",
-        rendezvous="support.stand_ins:run_rendezvous",
-        preload=("support.stand_ins",),
-    )
+    entries = EntryPoints(engine=(*command, "engine"), api=(*command, "api"))
+    if sys.argv[3] != "real ranks":
+        entries = dataclasses.replace(
+            entries,
+            rank="support.stand_ins:run_rank",
+            rendezvous="support.stand_ins:run_rendezvous",
+            preload=("support.stand_ins",),
+        )
     settings = ServeSettings.from_json(sys.argv[1])
     logs.configure("supervisor", settings.log_format)
     on_event = Terminal(settings.log_format).on_event
@@ -91,8 +92,9 @@ def program() -> None:
 class Supervised:
     """One supervisor, the files that steer its stand-ins, and views of what happens."""
 
-    def __init__(self, folder: Path, settings: ServeSettings) -> None:
+    def __init__(self, folder: Path, settings: ServeSettings, *, real_ranks: bool = False) -> None:
         self.folder = folder
+        self._ranks = "real ranks" if real_ranks else "stand-ins"
         self.settings = settings
         self._output = folder / "output"
         self.process: psutil.Popen | None = None
@@ -104,10 +106,11 @@ class Supervised:
             "PYTHONPATH": str(TESTS),
             "OMP_NUM_THREADS": "1",
         }
-        (self.folder / "termination-log").touch()
+        termination_log = self.folder / "termination-log"
+        termination_log.touch()
         with self._output.open("wb") as output:
             self.process = psutil.Popen(
-                [sys.executable, "-c", PROGRAM, self.settings.to_json(), str(self.folder / "termination-log")],
+                [sys.executable, "-c", PROGRAM, self.settings.to_json(), str(termination_log), self._ranks],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
