@@ -77,7 +77,8 @@ def reduce_all(dtype: str, counts: list[int], exact: bool = True, **world: Any) 
         if exact:
             assert torch.equal(tensor, expected), f"{count} items of {dtype}"
         else:
-            torch.testing.assert_close(tensor, expected)
+            # Other orders of the sum round differently, which shows most where the terms cancel.
+            torch.testing.assert_close(tensor, expected, rtol=2 * torch.finfo(tensor.dtype).eps, atol=0.05)
     communicator.close()
     return communicator.name
 
@@ -194,9 +195,9 @@ def use_device_arena(rank: int) -> str:
     arena_id = ArenaId(rank, "kv")
     torch.empty(1, device=device)
     free_before, _ = torch.cuda.mem_get_info(device)
-    arena = Arena.create(arena_id, 64 * MEBIBYTE + 1, device)
+    arena = Arena.create(arena_id, 1024 * MEBIBYTE + 1, device)
     assert arena.size % (2 * MEBIBYTE) == 0
-    assert arena.size > 64 * MEBIBYTE
+    assert arena.size > 1024 * MEBIBYTE
     assert (arena.bytes.device, arena.device) == (device, device)
     view = arena.view(256, (1000, 7), torch.bfloat16).fill_(1.5)
     again = Arena.map(arena_id, os.dup(arena.descriptor), arena.size, device)
@@ -211,8 +212,8 @@ def use_device_arena(rank: int) -> str:
     del view
     gc.collect()
     free_after, _ = torch.cuda.mem_get_info(device)
-    # torch keeps a few MiB of what the comparisons needed.
-    assert free_after > free_before - 32 * MEBIBYTE, (free_before, free_after)
+    # The comparisons' own memory and kernels stay.
+    assert free_after > free_before - 256 * MEBIBYTE, (free_before, free_after)
     return "done"
 
 

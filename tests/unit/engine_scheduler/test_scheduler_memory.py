@@ -19,7 +19,7 @@ def test_a_prompt_is_found_again_in_whole_blocks():
     prompt = list(range(10))
     assert run(driver, "first", prompt) == 0
     assert run(driver, "again", prompt) == 8
-    assert (driver.scheduler.prefix_queries, driver.scheduler.prefix_hits) == (20, 8)
+    assert (driver.scheduler.counts.prefix_queries, driver.scheduler.counts.prefix_hits) == (20, 8)
 
 
 def test_a_cached_prompt_is_not_computed_again():
@@ -70,7 +70,7 @@ def test_without_a_prefix_cache_nothing_is_found():
     driver = SchedulerDriver(small_config(prefix_cache=False))
     run(driver, "first", list(range(10)))
     assert run(driver, "again", list(range(10))) == 0
-    assert driver.scheduler.prefix_queries == 0
+    assert driver.scheduler.counts.prefix_queries == 0
 
 
 def test_cached_blocks_give_way_to_new_ones():

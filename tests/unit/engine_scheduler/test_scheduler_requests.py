@@ -156,7 +156,7 @@ def test_a_rebuilt_world_has_an_empty_prefix_cache():
     driver.submit(small_request("second", list(range(20))))
     driver.finish()
     assert driver.counts.cached_tokens == 0
-    assert driver.scheduler.prefix_queries == 40
+    assert driver.scheduler.counts.prefix_queries == 40
 
 
 def test_a_rebuilt_world_may_have_blocks_of_another_size():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from tpmodel_worker.engine.errors import PoolError
 from tpmodel_worker.engine.metrics import EngineMetrics
+from tpmodel_worker.engine.planner import PlanCounts
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.requests import ProtocolError, Request, SequenceOutput
 from tpmodel_worker.engine.scheduler import Scheduler
@@ -49,7 +50,7 @@ class ServingLoop:
         self._stopping = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._prefix = (0, 0)
+        self._published = PlanCounts()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -164,7 +165,7 @@ class ServingLoop:
         metrics.requests_running.set(scheduler.running)
         metrics.requests_waiting.set(scheduler.waiting)
         metrics.kv_cache_usage.set(used / scheduler.blocks_total)
-        queries, hits = self._prefix
-        self._prefix = (scheduler.prefix_queries, scheduler.prefix_hits)
-        metrics.prefix_queries.inc(self._prefix[0] - queries)
-        metrics.prefix_hits.inc(self._prefix[1] - hits)
+        before, self._published = self._published, scheduler.counts
+        metrics.prefix_queries.inc(self._published.prefix_queries - before.prefix_queries)
+        metrics.prefix_hits.inc(self._published.prefix_hits - before.prefix_hits)
+        metrics.preemptions.inc(self._published.preemptions - before.preemptions)

@@ -54,6 +54,18 @@ class Draft:
         return sequence.last_plan <= self.last_done
 
 
+@dataclass(slots=True)
+class PlanCounts:
+    """What planning has come to, over all epochs."""
+
+    prefix_queries: int = 0
+    """Tokens of admitted requests that were looked up in the prefix cache."""
+    prefix_hits: int = 0
+    """Of these, tokens found there."""
+    preemptions: int = 0
+    """Sequences that lost their blocks, to be computed again."""
+
+
 class Planner:
     """The rules of planning. Decodes come first, then known tokens in chunks, by priority and arrival.
 
@@ -61,12 +73,11 @@ class Planner:
     no more than the plans already sent, each of which is expected to be short.
     """
 
-    def __init__(self, placement: Placement, step_times: StepTimes) -> None:
+    def __init__(self, placement: Placement, step_times: StepTimes, counts: PlanCounts) -> None:
         self._placement = placement
         self._step_times = step_times
         self._config = placement.config
-        self.prefix_queries = 0
-        self.prefix_hits = 0
+        self._counts = counts
 
     def make(self, *, number: int, last_done: int) -> Draft:
         """The next plan; its message is empty (no steps, no releases) when nothing can run."""
@@ -122,6 +133,7 @@ class Planner:
             # A sequence that has all its outputs planned loses nothing; else the last in order goes.
             victim = max(running, key=lambda sequence: (sequence.left == 0, sequence.order))
             self._placement.preempt(victim)
+            self._counts.preemptions += 1
             decodes = [sequence for sequence in decodes if sequence is not victim]
         return decodes, steps
 
@@ -233,8 +245,8 @@ class Planner:
             sequence.state.admitted = True
             draft.admitted.append((sequence, sequence.computed_length))
             if self._config.prefix_cache:
-                self.prefix_queries += sequence.known_length
-                self.prefix_hits += sequence.computed_length
+                self._counts.prefix_queries += sequence.known_length
+                self._counts.prefix_hits += sequence.computed_length
 
     def _give_up(self, draft: Draft, sequence: Sequence, tokens: int) -> None:
         config = self._config

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 from tpmodel.v1 import inference_pb2, worker_pb2
 from tpmodel_worker.engine.placement import Placement
 from tpmodel_worker.engine.plan_ledger import PlanLedger, PlanRecord
-from tpmodel_worker.engine.planner import Draft, Planner
+from tpmodel_worker.engine.planner import Draft, PlanCounts, Planner
 from tpmodel_worker.engine.requests import (
     DEADLINE_EXCEEDED,
     RESOURCE_EXHAUSTED,
@@ -66,16 +67,14 @@ class Scheduler:
         self._weight_version = weight_version
         self._step_times = StepTimes()
         self._placement = Placement(config, weight_version=weight_version)
-        self._planner = Planner(self._placement, self._step_times)
+        self._counts = PlanCounts()
+        self._planner = Planner(self._placement, self._step_times, self._counts)
         self._ledger = PlanLedger()
         self._requests: dict[Hashable, RequestState] = {}
         self._arrivals = 0
         self._never_admitted = 0
         self._next_deadline: float | None = None
         self._outputs: list[SequenceOutput] = []
-        # Of worlds before this one; the planner counts its own.
-        self._earlier_prefix_queries = 0
-        self._earlier_prefix_hits = 0
 
     # ------------------------------------------------------------------------------ requests in
 
@@ -284,11 +283,9 @@ class Scheduler:
         recomputed from its prompt and committed tokens. Plans made from now on may count seq from 1.
         """
         self._ledger.forget()
-        self._earlier_prefix_queries = self.prefix_queries
-        self._earlier_prefix_hits = self.prefix_hits
         self._config = config
         self._placement = Placement(config, weight_version=self._weight_version)
-        self._planner = Planner(self._placement, self._step_times)
+        self._planner = Planner(self._placement, self._step_times, self._counts)
         for state in self._requests.values():
             state.samples_in_slots = 0
             for sample in state.samples:
@@ -329,14 +326,9 @@ class Scheduler:
         return len(self._ledger)
 
     @property
-    def prefix_queries(self) -> int:
-        """Tokens of admitted requests that were looked up in the prefix cache, over all epochs."""
-        return self._earlier_prefix_queries + self._planner.prefix_queries
-
-    @property
-    def prefix_hits(self) -> int:
-        """Of these, tokens found there."""
-        return self._earlier_prefix_hits + self._planner.prefix_hits
+    def counts(self) -> PlanCounts:
+        """Prefix cache and preemptions, over all epochs. A copy."""
+        return replace(self._counts)
 
     @property
     def next_deadline(self) -> float | None:

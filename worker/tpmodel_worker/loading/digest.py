@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-CHUNK_WORDS = 1 << 20
-"""Words summed at a time; bounds the temporary memory to 16 bytes for each."""
+HOST_CHUNK_WORDS = 1 << 18
+"""Words summed at a time, which take 16 bytes each meanwhile: few enough for a CPU's cache."""
+DEVICE_CHUNK_WORDS = 1 << 22
+"""Enough to keep a GPU busy."""
 
 
 def digest_bytes(data: torch.Tensor) -> torch.Tensor:
@@ -20,12 +22,13 @@ def digest_bytes(data: torch.Tensor) -> torch.Tensor:
     Returns:
         () int64 on data's device: the sum's 64 bits. `unsigned` makes it a number.
     """
+    chunk_words = DEVICE_CHUNK_WORDS if data.is_cuda else HOST_CHUNK_WORDS
     whole = data.numel() // 4
     words = data[: whole * 4].view(torch.int32)
-    weights = torch.arange(1, 2 * min(CHUNK_WORDS, whole + 1), 2, dtype=torch.int64, device=data.device)
+    weights = torch.arange(1, 2 * min(chunk_words, whole + 1), 2, dtype=torch.int64, device=data.device)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for start in range(0, whole, CHUNK_WORDS):
-        chunk = words[start : start + CHUNK_WORDS]
+    for start in range(0, whole, chunk_words):
+        chunk = words[start : start + chunk_words]
         total += (chunk * weights[: chunk.numel()]).sum()
         # (2 (start + j) + 1) = 2 start + (2 j + 1)
         total += chunk.sum(dtype=torch.int64) * (2 * start)

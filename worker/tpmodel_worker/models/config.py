@@ -148,7 +148,7 @@ def _read_generation(reader: ConfigReader) -> GenerationDefaults:
     return GenerationDefaults(
         do_sample=reader.flag("do_sample", False) if reader.has("do_sample") else None,
         temperature=temperature,
-        top_k=reader.integer("top_k", minimum=0) if reader.has("top_k") else None,
+        top_k=reader.integer("top_k", minimum=-1) if reader.has("top_k") else None,
         top_p=top_p,
     )
 
