@@ -21,7 +21,6 @@ from tpmodel import (
 )
 from tpmodel.channel import RetryPolicy
 from tpmodel.v1 import inference_pb2 as pb
-from tpmodel.v1 import inference_pb2_grpc
 
 ANSWER = list(range(100, 112))
 SEED = 77
@@ -31,14 +30,14 @@ QUICK = RetryPolicy(window=5.0, first_delay=0.01, longest_delay=0.05)
 Handler = Callable[[pb.GenerateRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
 
 
-class ScriptedService(inference_pb2_grpc.InferenceServiceServicer):
+class ScriptedService:
     """Answers each Generate with the next handler; remembers the requests."""
 
     def __init__(self, *handlers: Handler) -> None:
         self.handlers = list(handlers)
         self.requests: list[pb.GenerateRequest] = []
 
-    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:  # noqa: N802
+    def generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
         return self.handlers.pop(0)(request, context)
 
@@ -46,7 +45,11 @@ class ScriptedService(inference_pb2_grpc.InferenceServiceServicer):
 @contextmanager
 def serving(service: ScriptedService) -> Iterator[str]:
     server = grpc.server(futures.ThreadPoolExecutor(4))
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
+    method = grpc.unary_stream_rpc_method_handler(
+        service.generate, pb.GenerateRequest.FromString, pb.GenerateResponse.SerializeToString
+    )
+    handlers = grpc.method_handlers_generic_handler("tpmodel.v1.InferenceService", {"Generate": method})
+    server.add_generic_rpc_handlers((handlers,))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{port}"

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -73,14 +74,14 @@ def make_case(
 
 
 def move(case: Case, device: str) -> Case:
-    def moved(value):
+    def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.to(device)
         if isinstance(value, tuple | list):
             return type(value)(moved(item) for item in value)
         return value
 
-    def replaced(record):
+    def replaced(record: Any) -> Any:
         return type(record)(**{f.name: moved(getattr(record, f.name)) for f in dataclasses.fields(record)})
 
     return Case(replaced(case.batch), replaced(case.cache), *(moved(item) for item in dataclasses.astuple(case)[2:]))
