@@ -7,11 +7,27 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from typing import Literal
 
 FIELDS = ("request_id", "epoch", "seq", "rank", "pid", "pod", "kind", "cause")
+
+
+def text_label(process: str) -> str:
+    """How a line of text starts that a process of the pod printed."""
+    return f"[{process}] "
+
+
+def message_of(line: str) -> str:
+    """The message of a line that one of this module's formatters made; any other line as it is."""
+    if line.startswith("{"):
+        try:
+            return str(json.loads(line)["message"])
+        except (ValueError, KeyError):
+            return line
+    return re.sub(r"^\[[^]]*\] [a-z]+: ", "", line)
 
 
 class JsonFormatter(logging.Formatter):
@@ -37,16 +53,19 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Level, process and message, with the known extra fields behind."""
+    """Process in brackets, level and message, with the known extra fields behind."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
-        self._process = process
+        self._start = text_label(process)
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line (and its traceback, when it has one)."""
-        extras = " ".join(f"{field}={getattr(record, field)}" for field in FIELDS if hasattr(record, field))
-        line = f"{record.levelname.lower()}: {self._process}: {record.getMessage()}"
+        message = record.getMessage()
+        fields = {field: str(getattr(record, field)) for field in FIELDS if hasattr(record, field)}
+        # A cause is mostly what the message says already: a program wants it apart, a person does not.
+        extras = " ".join(f"{field}={value}" for field, value in fields.items() if value not in message)
+        line = f"{self._start}{record.levelname.lower()}: {message}"
         line = f"{line} [{extras}]" if extras else line
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 

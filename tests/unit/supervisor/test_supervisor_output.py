@@ -54,6 +54,7 @@ async def test_bytes_that_are_no_text_are_shown_as_such() -> None:
     ("line", "log_format", "expected"),
     [
         ("hello", "text", "[rank 1] hello"),
+        ("[rank 1] info: loaded", "text", "[rank 1] info: loaded"),
         ('{"process": "rank 1"}', "json", '{"process": "rank 1"}'),
         ("Segmentation fault", "json", json.dumps({"process": "rank 1", "message": "Segmentation fault"})),
     ],

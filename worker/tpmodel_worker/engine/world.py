@@ -24,7 +24,8 @@ NOT_BUILT = "world not built yet"
 MAX_LOAD_ATTEMPTS = 3
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 5.0
-_WARN_SECONDS = 10.0
+_WAITING_SECONDS = 15.0
+"""A start takes a while; ranks that are missing for longer are worth a warning."""
 # What no second attempt changes: a person has to change the model, the checkpoint or the settings.
 _CONFIGURATION_KINDS = frozenset(
     {
@@ -112,18 +113,13 @@ class World:
     async def _form(self) -> BuiltWorld | None:
         """Waits for members and builds, until that succeeds; None when no further attempt is worth it."""
         backoff = _FIRST_BACKOFF_SECONDS
-        warned = ""
+        failed = False
         while True:
             self._status.set_phase(worker_pb2.PHASE_FORMING)
             membership = self._members.complete
             if membership is None:
-                missing = ", ".join(self._members.missing)
-                if missing != warned:
-                    logger.warning("%s: waiting for %s", NOT_BUILT, missing)
-                    warned = missing
-                await self._members.changed(self._members.version, _WARN_SECONDS)
+                await self._wait_for_members(expected=not failed)
                 continue
-            warned = ""
             try:
                 return await self.build(membership)
             except ConfigurationError as error:
@@ -132,9 +128,22 @@ class World:
             except BuildError as error:
                 if self._give_up(error):
                     return None
+            failed = True
             logger.warning("%s: trying again in %.1f s, or when a registration changes", NOT_BUILT, backoff)
             changed = await self._members.changed(membership.version, backoff)
             backoff = _FIRST_BACKOFF_SECONDS if changed else min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
+
+    async def _wait_for_members(self, *, expected: bool) -> None:
+        """Returns when a registration has changed; says who is missing.
+
+        expected: the gang is starting, so that nobody is missing for a fault's sake yet.
+        """
+        level = logging.INFO if expected else logging.WARNING
+        while True:
+            logger.log(level, "%s: waiting for %s", NOT_BUILT, ", ".join(self._members.missing))
+            if await self._members.changed(self._members.version, _WAITING_SECONDS):
+                return
+            level = logging.WARNING
 
     def _give_up(self, failure: BuildError) -> bool:
         """Judges a failed build: True when the world has failed for good."""

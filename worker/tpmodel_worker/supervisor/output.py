@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+from tpmodel_worker.logs import text_label
+
 LinePrinter = Callable[[str, str], None]
 """Called with a process's name and one line that it printed, without its end."""
 
@@ -19,11 +21,12 @@ _KEPT_LINES = 20
 def label(process: str, line: str, log_format: Literal["text", "json"]) -> str:
     """The line as the supervisor prints it.
 
-    As text it starts with the name in brackets. As JSON, log records pass as they are (they name their process) and
-    any other line is wrapped.
+    Log records pass as they are, since they name their process. As text, any other line gets the name in brackets
+    before it; as JSON, it is wrapped.
     """
     if log_format == "text":
-        return f"[{process}] {line}"
+        start = text_label(process)
+        return line if line.startswith(start) else start + line
     return line if line.startswith("{") else json.dumps({"process": process, "message": line})
 
 
