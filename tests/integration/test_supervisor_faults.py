@@ -145,7 +145,7 @@ def test_a_process_that_says_configuration_ends_the_pod_with_64(pod: Supervised)
     pod.start()
 
     assert pod.wait_exit() == 64
-    assert "api 0 (pid" in pod.termination_message
+    assert pod.termination_message == "api 0: its configuration cannot work"
 
 
 def test_a_dead_api_process_is_started_again(pod: Supervised) -> None:

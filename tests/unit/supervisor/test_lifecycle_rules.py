@@ -13,6 +13,7 @@ from tpmodel_worker.supervisor.lifecycle import (
     ProgressWatch,
     RestartPolicy,
     judge_member,
+    judge_refusal,
     judge_repeated,
     judge_state,
 )
@@ -54,6 +55,23 @@ def test_a_member_that_blames_the_configuration_ends_the_pod(phase: str) -> None
     ending = judge_member(ProcessExit("rank 0", 1, 64, None), worker_pb2.Phase.Value(f"PHASE_{phase}"))
     assert ending is not None
     assert ending.code is ExitCode.CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[api 0] error: tokenizer.json: no tokenizer",
+        '{"level": "error", "process": "api 0", "message": "tokenizer.json: no tokenizer"}',
+        "tokenizer.json: no tokenizer",
+    ],
+)
+def test_what_a_process_said_last_is_why_its_configuration_cannot_work(line: str) -> None:
+    ending = judge_refusal(ProcessExit("api 0", 1, 64, None, ("something before", line)))
+    assert ending == Ending(ExitCode.CONFIGURATION, "api 0: tokenizer.json: no tokenizer")
+
+
+def test_another_end_is_no_refusal() -> None:
+    assert judge_refusal(ProcessExit("api 0", 1, 1, None, ("ValueError",))) is None
 
 
 @pytest.mark.parametrize(

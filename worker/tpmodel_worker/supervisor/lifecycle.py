@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.exit_codes import ExitCode
+from tpmodel_worker.logs import message_of
 from tpmodel_worker.supervisor.processes import ProcessExit
 
 _DRAINS = frozenset({worker_pb2.PHASE_DRAINING, worker_pb2.PHASE_DRAINED})
@@ -55,14 +56,22 @@ def judge_member(ended: ProcessExit, phase: worker_pb2.Phase.ValueType) -> Endin
         ended: how it ended.
         phase: the engine's last phase before it failed, if it did.
     """
-    if ended.code == ExitCode.CONFIGURATION:
-        return Ending(ExitCode.CONFIGURATION, f"{ended.describe()}: its configuration cannot work")
+    if (refused := judge_refusal(ended)) is not None:
+        return refused
     if phase in _DRAINS and ended.code == ExitCode.DRAINED:
         return None
     if phase in _SERVED:
         state = worker_pb2.Phase.Name(phase).removeprefix("PHASE_").lower()
         return Ending(ExitCode.RESTART_GANG, f"{ended.describe()} while the world was {state}")
     return None
+
+
+def judge_refusal(ended: ProcessExit) -> Ending | None:
+    """Whether a process ended because no retry helps; the last line that it printed says why."""
+    if ended.code != ExitCode.CONFIGURATION:
+        return None
+    why = message_of(ended.last_stderr_lines[-1]) if ended.last_stderr_lines else "its configuration cannot work"
+    return Ending(ExitCode.CONFIGURATION, f"{ended.name}: {why}")
 
 
 def judge_repeated(ended: ProcessExit, policy: RestartPolicy) -> Ending | None:

@@ -23,7 +23,7 @@ from tpmodel_worker.supervisor.events import Draining, EngineStateChanged, Event
 from tpmodel_worker.supervisor.executed import Keeper, keep_fork_server
 from tpmodel_worker.supervisor.fork_client import ForkServer
 from tpmodel_worker.supervisor.forked import ForkedProcesses
-from tpmodel_worker.supervisor.lifecycle import Ending, ProgressWatch, judge_member, judge_state
+from tpmodel_worker.supervisor.lifecycle import Ending, ProgressWatch, judge_member, judge_refusal, judge_state
 from tpmodel_worker.supervisor.memory import MemoryHolder
 from tpmodel_worker.supervisor.metrics import MetricsServer
 from tpmodel_worker.supervisor.ports import join_host_port
@@ -133,7 +133,7 @@ class Pod:
                 for watcher in watchers:
                     watcher.cancel()
             await self._health.set_ready(False)
-            await self._end_processes()
+            await self._end_processes(others_grace=_OTHERS_GRACE_SECONDS if ending.code is ExitCode.DRAINED else 0.0)
         return ending
 
     def drain(self, reason: str) -> None:
@@ -177,14 +177,18 @@ class Pod:
         if not self._ending.done():
             self._ending.set_result(ending)
 
-    async def _end_processes(self) -> None:
-        """Clients first, then the engine, which takes leave of the ranks, then the ranks and what is left."""
+    async def _end_processes(self, *, others_grace: float) -> None:
+        """Clients first, then the engine, which takes leave of the ranks, then the ranks and what is left.
+
+        others_grace: how long ranks may take to end after the engine; they end by its Bye, never by SIGTERM, so
+            that after a failure there is nothing to wait for.
+        """
         api = [process for process in self._table.processes if process.name in self._api_names]
         await self._table.end(api, _API_GRACE_SECONDS)
         await self._table.end(
             [process for process in self._table.processes if process.name == ENGINE], _ENGINE_GRACE_SECONDS
         )
-        await self._table.end(self._table.processes, _OTHERS_GRACE_SECONDS)
+        await self._table.end(self._table.processes, others_grace)
 
     # ------------------------------------------------------------------------------------- processes
 
@@ -319,6 +323,4 @@ def _compute_environment(settings: ServeSettings) -> dict[str, str]:
 
 
 async def _judge_api(ended: ProcessExit) -> Ending | None:
-    if ended.code != ExitCode.CONFIGURATION:
-        return None
-    return Ending(ExitCode.CONFIGURATION, f"{ended.describe()}: its configuration cannot work")
+    return judge_refusal(ended)
