@@ -309,16 +309,22 @@ class TestModel:
         assert ok.kv_blocks_available == (4 << 20) // ok.kv_block_bytes - 1
         await other
 
+    @pytest.mark.parametrize("size", [1000, 1 << 60])
+    async def test_a_cache_size_that_can_never_work_is_refused_with_the_numbers(
+        self, world: World, load_request: pb.LoadDenseShardRequest, size: int
+    ) -> None:
+        await world.init()
+        changed = pb.LoadDenseShardRequest()
+        changed.CopyFrom(load_request)
+        changed.kv_cache_bytes = size
+        replies = await world.control(load_dense_shard=changed)
+        assert errors(replies) == [pb.ERROR_KIND_INVALID_ARGUMENT] * 2
+        assert str(size) in replies[0].error.message
+
     async def test_a_cache_that_cannot_be_had_is_out_of_memory(
         self, world: World, load_request: pb.LoadDenseShardRequest
     ) -> None:
         await world.init()
-        small = pb.LoadDenseShardRequest()
-        small.CopyFrom(load_request)
-        small.kv_cache_bytes = 1000
-        replies = await world.control(load_dense_shard=small)
-        assert errors(replies) == [pb.ERROR_KIND_OUT_OF_MEMORY] * 2
-        assert "1000" in replies[0].error.message
         await world.control(load_dense_shard=load_request)
         replies = await world.control(clear_kv_cache=pb.ClearKvCacheRequest(num_blocks=1 << 28))
         assert errors(replies) == [pb.ERROR_KIND_OUT_OF_MEMORY] * 2

@@ -64,14 +64,19 @@ def test_nobody_else_gets_a_held_port() -> None:
 def test_a_port_in_use_is_refused_naming_its_option(name: str, shared: bool) -> None:
     with listener(0, shared=shared) as other:
         port = other.getsockname()[1]
-        with pytest.raises(PortError, match=f"^--{name.replace('_', '-')} {port} is in use$"):
+        with pytest.raises(PortError, match=f"^--{name.replace('_', '-')} {port} is in use: "):
             reserved_ports(settings(**{name: port})).__enter__()
 
 
 def test_one_number_for_two_ports_is_refused() -> None:
     port = free_port()
-    with pytest.raises(PortError, match=f"--http-port {port} is in use"):
+    with pytest.raises(PortError, match=f"--port and --http-port are both {port}"):
         reserved_ports(settings(port=port, http_port=port)).__enter__()
+
+
+def test_a_host_that_no_name_service_knows_is_named() -> None:
+    with pytest.raises(PortError, match=r"--host 'nowhere\.invalid' can't be listened on"):
+        reserved_ports(dataclasses.replace(settings(), host="nowhere.invalid")).__enter__()
 
 
 def test_a_host_that_is_not_here_is_named() -> None:

@@ -72,7 +72,7 @@ def read_model_config(path: str | Path, *, world_size: int, max_model_len: int =
     folder = Path(path)
     config = _read_json(folder / "config.json")
     if config is None:
-        raise ConfigError(f"{folder / 'config.json'} does not exist: {folder} is no checkpoint folder")
+        raise ConfigError("config.json does not exist: this is no checkpoint folder")
     return parse_model_config(
         config,
         world_size=world_size,
@@ -158,8 +158,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path.name} can't be read: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path.name} is no valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
+        raise ConfigError(f"{path.name}: expected a JSON object")
     return value

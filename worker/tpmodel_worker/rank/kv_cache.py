@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -60,18 +61,36 @@ def available_blocks(shape: KvShape, demand: KvDemand, device: torch.device) -> 
     Without kv_cache_bytes never more than max_num_seqs sequences of max_model_len tokens need.
 
     Raises:
-        RequestError: out of memory: the bytes do not hold one sequence of one block; names the numbers.
+        RequestError: the memory does not hold one sequence of one block (out of memory), or kv_cache_bytes can never
+            work here (invalid argument); names the numbers.
     """
-    budget = demand.kv_cache_bytes or _free_bytes(demand, device)
-    blocks = budget // shape.block_bytes - _SCRATCH_BLOCKS
-    if blocks < 1:
-        least = (1 + _SCRATCH_BLOCKS) * shape.block_bytes
-        raise RequestError(
-            pb.ERROR_KIND_OUT_OF_MEMORY, f"a KV cache needs at least {least} bytes on each rank, {budget} are there"
-        )
+    least = (1 + _SCRATCH_BLOCKS) * shape.block_bytes
     if demand.kv_cache_bytes:
-        return blocks
+        _check_kv_cache_bytes(demand, device, least)
+        return demand.kv_cache_bytes // shape.block_bytes - _SCRATCH_BLOCKS
+    free = _free_bytes(demand, device)
+    if free < least:
+        raise RequestError(
+            pb.ERROR_KIND_OUT_OF_MEMORY, f"a KV cache needs at least {least} bytes on each rank, {free} are free"
+        )
+    blocks = free // shape.block_bytes - _SCRATCH_BLOCKS
     return min(blocks, demand.max_num_seqs * -(-demand.max_model_len // shape.block_size))
+
+
+def _check_kv_cache_bytes(demand: KvDemand, device: torch.device, least: int) -> None:
+    """Refuses a size that no retry makes work; one that is only too large just now is found when it is allocated."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        most = total
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        most = total // demand.ranks_on_host
+    if not least <= demand.kv_cache_bytes <= most:
+        raise RequestError(
+            pb.ERROR_KIND_INVALID_ARGUMENT,
+            f"KV cache memory: {demand.kv_cache_bytes} bytes on each rank can't work, at least {least} are needed "
+            f"and at most {most} can be there",
+        )
 
 
 def _free_bytes(demand: KvDemand, device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,10 @@ import pynvml
 from tpmodel_worker.models.config import ConfigError, read_model_config
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor import linux
+
+_COMMUNICATORS = {"cpu": ("shared_memory", "gloo"), "cuda": ("nccl",)}
+_LEAST_CONTEXT = 2
+"""Tokens: one of a prompt and one of an answer."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,12 +36,19 @@ def check_settings(settings: ServeSettings) -> ServeSettings:
         raise ConfigurationError(f"--tp {settings.world_size}: at least 1 rank is needed")
     if settings.api_processes < 1:
         raise ConfigurationError(f"{settings.api_processes} api processes: at least 1 is needed")
+    if not 0 <= settings.drain_timeout < math.inf:
+        raise ConfigurationError(f"--drain-timeout {settings.drain_timeout}: a number of seconds is needed")
+    if settings.communicator not in ("auto", *_COMMUNICATORS[settings.device]):
+        works = ", ".join(_COMMUNICATORS[settings.device])
+        raise ConfigurationError(f"--communicator {settings.communicator}: --device {settings.device} has {works}")
     try:
         model = read_model_config(
             settings.model_path, world_size=settings.world_size, max_model_len=settings.max_model_len
         )
     except ConfigError as error:
         raise ConfigurationError(f"{settings.model_path}: {error}") from error
+    if model.max_model_len < _LEAST_CONTEXT:
+        raise ConfigurationError(f"--max-model-len {model.max_model_len}: a prompt and an answer need at least 2")
     check_devices(settings)
     log_format = settings.log_format
     if log_format == "auto":

@@ -39,7 +39,11 @@ def reserved_ports(settings: ServeSettings) -> Iterator[ServeSettings]:
         numbers: dict[str, int] = {}
         for name, option, faces_clients in _PORTS:
             host = settings.host if faces_clients else settings.address
-            reservation = _reserve(host, getattr(settings, name), option)
+            port = getattr(settings, name)
+            for other_name, other_option, _ in _PORTS:
+                if port and numbers.get(other_name) == port:
+                    raise PortError(f"{other_option} and {option} are both {port}: give each a port of its own")
+            reservation = _reserve(host, port, option)
             held.enter_context(reservation)
             numbers[name] = reservation.getsockname()[1]
         yield dataclasses.replace(settings, **numbers)
@@ -72,9 +76,9 @@ def _reserve(host: str, port: int, option: str) -> socket.socket:
 
 def _explain(error: OSError, host: str, port: int, option: str) -> str:
     if isinstance(error, socket.gaierror):
-        return f"{host}: {error.strerror}"
+        return f"--host {host!r} can't be listened on: {error.strerror}"
     reasons = {
-        errno.EADDRINUSE: "is in use",
+        errno.EADDRINUSE: "is in use: give another one, or 0 for any that is free",
         errno.EACCES: "needs more privileges",
         errno.EADDRNOTAVAIL: f"cannot be bound: {host} is no address of this machine",
     }
