@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,29 @@ def test_config_json_decides_the_context_length(tmp_path: Path) -> None:
     assert check_settings(stand_in_settings(tmp_path, max_model_len=64)).max_model_len == 64
 
 
+@pytest.mark.parametrize(
+    ("changes", "explanation"),
+    [
+        ({"drain_timeout": -1.0}, "--drain-timeout -1.0"),
+        ({"drain_timeout": float("nan")}, "--drain-timeout nan"),
+        ({"communicator": "nccl"}, "--communicator nccl: --device cpu has shared_memory, gloo"),
+        ({"max_model_len": 1}, "--max-model-len 1: a prompt and an answer need at least 2"),
+        ({"max_model_len": 4096}, "max_model_len 4096 is more than the 128 positions"),
+    ],
+)
+def test_an_option_that_cannot_work_is_named(tmp_path: Path, changes: dict[str, Any], explanation: str) -> None:
+    with pytest.raises(ConfigurationError, match=explanation):
+        check_settings(stand_in_settings(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xfe\x00", b"[1]"])
+def test_a_config_json_that_is_no_json_object_is_named(tmp_path: Path, content: bytes) -> None:
+    settings = stand_in_settings(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"^{tmp_path}: config\.json.*JSON"):
+        check_settings(settings)
+
+
 def test_the_other_processes_are_told_a_definite_log_format(tmp_path: Path) -> None:
     assert check_settings(stand_in_settings(tmp_path, log_format="auto")).log_format in ("json", "text")
 
@@ -54,6 +79,21 @@ def test_the_runtime_folder_is_private_and_removed(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert ServeSettings.from_json(path.read_text()) == settings
     assert not folder.exists()
+
+
+def test_what_a_killed_supervisor_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    settings = stand_in_settings(tmp_path, runtime_dir=str(tmp_path))
+    abandoned, young = tmp_path / "tpmodel-abandoned", tmp_path / "tpmodel-young"
+    for folder in (abandoned, young):
+        folder.mkdir()
+        (folder / "settings.json").touch()
+    os.utime(abandoned, (0, 0))
+    with runtime_folder(settings) as living:
+        os.utime(living.runtime_dir, (0, 0))
+        with runtime_folder(settings):
+            assert Path(living.runtime_dir).is_dir(), "it is in use"
+            assert young.is_dir(), "its supervisor may not have come to lock it yet"
+            assert not abandoned.exists()
 
 
 def test_a_token_is_drawn_where_none_is_given(tmp_path: Path) -> None:

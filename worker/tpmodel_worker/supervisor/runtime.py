@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tpmodel_worker.settings import ServeSettings
 
+_PREFIX = "tpmodel-"
 _TOKEN_BYTES = 32
+# A new folder is locked by far within this time.
+_UNLOCKED_SECONDS = 60.0
 _SETTINGS_FILE = "settings.json"
 # sun_path of a Unix socket, with its final zero.
 _LONGEST_SOCKET_PATH = 107
@@ -27,17 +32,22 @@ class RuntimeFolderError(Exception):
 def runtime_folder(settings: ServeSettings) -> Iterator[ServeSettings]:
     """Makes the folder (mode 0700), yields the settings with it and with a token, and removes it again.
 
+    Also removes what supervisors that were killed have left beside it.
+
     settings.runtime_dir, where given, is the folder to make it in.
 
     Raises:
         RuntimeFolderError: it cannot be made, or its path is too long for Unix sockets.
     """
+    parent = settings.runtime_dir or "/tmp"  # noqa: S108 - mkdtemp. Not TMPDIR, which may be long.
+    _remove_abandoned(Path(parent))
     try:
-        # Not TMPDIR, which may be long.
-        folder = Path(tempfile.mkdtemp(prefix="tpmodel-", dir=settings.runtime_dir or "/tmp"))  # noqa: S108 - mkdtemp
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     except OSError as error:
         raise RuntimeFolderError(f"no folder for sockets can be made: {error}") from error
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         resolved = dataclasses.replace(
             settings, runtime_dir=str(folder), token=settings.token or secrets.token_urlsafe(_TOKEN_BYTES)
         )
@@ -48,6 +58,22 @@ def runtime_folder(settings: ServeSettings) -> Iterator[ServeSettings]:
         yield resolved
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Removes this user's folders of supervisors that were killed: nobody holds their lock any more."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _UNLOCKED_SECONDS:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
 
 
 def write_settings_file(settings: ServeSettings) -> Path:
