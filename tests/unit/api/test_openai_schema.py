@@ -153,3 +153,22 @@ def test_chat_spellings() -> None:
         chat(top_logprobs=2)
     with pytest.raises(ApiError, match="max_tokens"):
         chat(max_completion_tokens=5, max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "body: Invalid JSON"),
+        (b"[]", "body: Input should be an object"),
+        (b'{"prompt": 5}', "prompt: expected a text, token ids"),
+        (b'{"prompt": [1, -2]}', "prompt: expected a text, token ids"),
+        (b'{"prompt": "x", "stop": 7}', "stop: expected a text or a list of texts"),
+        (b'{"prompt": "x", "max_tokens": "y"}', "max_tokens: Input should be a valid integer"),
+        (b"{}", "prompt: Field required"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_explained_once(body: bytes, message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_completion(body)
+    assert str(caught.value).startswith(message)
+    assert ";" not in str(caught.value)

@@ -46,6 +46,15 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = MappingProxyType(
 # Where the interface's spelling of a sampling field is another than ours.
 _SPELLINGS = MappingProxyType({"max_completion_tokens": "max_tokens", "include_stop_str_in_output": "include_stop"})
 
+# Fields of several types, in words.
+_ALTERNATIVES = MappingProxyType(
+    {
+        "prompt": "a text, token ids (0 to 2^32 - 1), or a list of either",
+        "stop": "a text or a list of texts",
+        "content": "a text or a list of text parts, {type: text, text: ...}",
+    }
+)
+
 
 class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -221,12 +230,12 @@ def parse_chat_completion(body: bytes) -> ChatCompletionBody:
 
 
 def _to_api_error(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, with all its readings where a field has several types."""
-    details = error.errors(include_url=False, include_context=False, include_input=False)
-    field = str(details[0]["loc"][0]) if details[0]["loc"] else ""
-    if details[0]["type"] == "extra_forbidden":
-        where = ".".join(map(str, details[0]["loc"]))
-        return invalid(where, "unknown field")
-    problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details]
-    about_field = [text for text, detail in zip(problems, details, strict=True) if detail["loc"][:1] == (field,)]
-    return invalid(field or "body", "; ".join(about_field or problems))
+    """The first thing that is wrong with a body."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    location = [str(part) for part in first["loc"]]
+    for depth, part in enumerate(location, start=1):
+        # Below such a field the location names types, and there is one error for each of them.
+        if part in _ALTERNATIVES and first["type"] != "missing":
+            return invalid(".".join(location[:depth]), f"expected {_ALTERNATIVES[part]}")
+    problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
+    return invalid(".".join(location) or "body", problem)
