@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         OverloadedError,
         TpmodelError,
         UnavailableError,
+        UnsupportedError,
         WeightVersionError,
     )
     from tpmodel.types import (
@@ -60,6 +61,7 @@ _MODULES = MappingProxyType(
         "TokenLogprob": "tpmodel.types",
         "TpmodelError": "tpmodel.errors",
         "UnavailableError": "tpmodel.errors",
+        "UnsupportedError": "tpmodel.errors",
         "Usage": "tpmodel.types",
         "WeightVersionError": "tpmodel.errors",
     }
@@ -85,6 +87,7 @@ __all__ = [
     "TokenLogprob",
     "TpmodelError",
     "UnavailableError",
+    "UnsupportedError",
     "Usage",
     "WeightVersionError",
 ]

@@ -35,6 +35,10 @@ class DeadlineExceededError(TpmodelError):
     """The call's timeout passed first."""
 
 
+class UnsupportedError(TpmodelError):
+    """The server does not know the call: it is another one, or older."""
+
+
 class AuthenticationError(TpmodelError):
     """The API key is missing or wrong."""
 
@@ -48,6 +52,7 @@ _ERRORS: dict[grpc.StatusCode, type[TpmodelError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.UNIMPLEMENTED: UnsupportedError,
     grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
     grpc.StatusCode.PERMISSION_DENIED: AuthenticationError,
     grpc.StatusCode.FAILED_PRECONDITION: WeightVersionError,

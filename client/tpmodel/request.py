@@ -6,10 +6,12 @@ continue it from the ids received so far.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpmodel.errors import InvalidRequestError
 from tpmodel.types import ChatMessage, Chunk, Completion, FinishReason, Result, Sample, TokenLogprob, Usage
 from tpmodel.v1 import inference_pb2
 
@@ -33,7 +35,7 @@ def build_request(
 
     Raises:
         TypeError: a sampling field that does not exist, or of the wrong type.
-        ValueError: a number that its field cannot hold, or an empty list as prompt.
+        InvalidRequestError: a number that its field cannot hold, or an empty list as prompt.
     """
     unknown = sorted(set(sampling) - SAMPLING_FIELDS)
     if unknown:
@@ -41,14 +43,23 @@ def build_request(
     given = {name: value for name, value in sampling.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    request = inference_pb2.GenerateRequest(
-        sampling=inference_pb2.SamplingParams(**given),
-        request_id=request_id,
-        priority=priority,
-        detokenize=detokenize,
-    )
+    request = inference_pb2.GenerateRequest(request_id=request_id, detokenize=detokenize)
+    with _naming("priority", priority):
+        request.MergeFrom(inference_pb2.GenerateRequest(priority=priority))
+    for name, value in given.items():
+        with _naming(name, value):
+            request.sampling.MergeFrom(inference_pb2.SamplingParams(**{name: value}))
     set_prompt(request, prompt)
     return request
+
+
+@contextmanager
+def _naming(field: str, value: object) -> Iterator[None]:
+    """Says which field cannot hold its number; protobuf does not."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRequestError("INVALID_ARGUMENT", f"{field}: {value} is more than the field can hold") from error
 
 
 def set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
@@ -57,11 +68,14 @@ def set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
         request.text = prompt
         return
     if not prompt:
-        raise ValueError("prompt is empty: give a text, token ids or chat messages")
+        raise InvalidRequestError("INVALID_ARGUMENT", "prompt is empty: give a text, token ids or chat messages")
     if isinstance(prompt[0], ChatMessage):
         request.chat.CopyFrom(chat_prompt(prompt))
-    else:
+        return
+    try:
         request.token_ids.ids.extend(prompt)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise InvalidRequestError("INVALID_ARGUMENT", "token_ids: one of them is no id: 0 to 2^32 - 1") from error
 
 
 def chat_prompt(messages: Sequence[Any]) -> inference_pb2.ChatPrompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -36,6 +37,8 @@ def chat(target: str, api_key: str | None, system: str | None, **sampling: Any) 
 
 
 def _ask() -> str:
+    if sys.stdin is None:  # it was closed before the command started
+        return ""
     try:
         return click.prompt(">", prompt_suffix=" ", default="", show_default=False)
     except click.Abort:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from tpmodel.errors import TpmodelError, UnavailableError
+from tpmodel.errors import TpmodelError, UnavailableError, UnsupportedError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,9 +45,18 @@ def sampling_options(command: F) -> F:
 @contextmanager
 def readable_errors(target: str) -> Iterator[None]:
     """Turns a failed call into one line on standard error and exit code 1."""
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdigit() or host.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{target!r} is not HOST:PORT", param_hint="--target")
     try:
         yield
     except UnavailableError as error:
-        raise click.ClickException(f"{target}: {error.message}; is a server running there?") from error
+        hint = "that is an HTTP port, give a gRPC one" if "http1" in error.message else "is a server running there?"
+        raise click.ClickException(f"{target}: {error.message}; {hint}") from error
+    except UnsupportedError as error:
+        raise click.ClickException(
+            f"{target}: this port does not serve the call; `tpmodel serve` has inference on --port (9000) and status "
+            "on --health-port (9002)"
+        ) from error
     except TpmodelError as error:
         raise click.ClickException(f"{target}: {error}") from error

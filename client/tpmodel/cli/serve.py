@@ -11,7 +11,12 @@ from typing import Any
 
 import click
 
-SIZE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+_UNITS = "kmgt"
+SIZE_UNITS = {"": 1} | {
+    unit + suffix: base**power
+    for power, unit in enumerate(_UNITS, start=1)
+    for suffix, base in (("", 1000), ("i", 1024))
+}
 
 
 class ByteSize(click.ParamType):
@@ -21,7 +26,7 @@ class ByteSize(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes, or a usage error."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
+        match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*([{_UNITS}]i?)?b?", str(value).strip().lower())
         if match is None:
             self.fail(f"{value!r} is not a size like 500M or 4Gi", param, ctx)
         return int(float(match[1]) * SIZE_UNITS[match[2] or ""])
@@ -39,7 +44,8 @@ class ByteSize(click.ParamType):
 @click.option("--control-port", type=click.IntRange(0, 65535), default=9001, show_default=True)
 @click.option("--health-port", type=click.IntRange(0, 65535), default=9002, show_default=True)
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=9003, show_default=True)
-@click.option("--served-name", default=None, help="Name in the APIs; default: MODEL.")
+@click.option("--served-name", default=None,
+              help="Name in the APIs; default: the folder's name, or the hub name.")  # fmt: skip
 @click.option("--max-model-len", type=click.IntRange(min=0), default=0, help="Tokens of prompt and output together.")
 @click.option("--max-num-seqs", type=click.IntRange(min=1), default=64, show_default=True, help="Running at once.")
 @click.option("--max-num-batched-tokens", type=click.IntRange(min=16), default=2048, show_default=True,
@@ -63,6 +69,8 @@ def serve(model: str, **options: Any) -> None:
     """
     if options["tp"] < 1:
         raise click.BadParameter(f"{options['tp']} ranks cannot serve: give 1 or more", param_hint="--tp")
+    if options["max_model_len"] == 1:
+        raise click.BadParameter("a prompt and an answer need at least 2 tokens", param_hint="--max-model-len")
     worker = _import_worker()
     sys.exit(int(worker.serve(_settings(model, options))))
 
@@ -82,10 +90,13 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
     device = options["device"]
     if device == "auto":
         device = "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+    folder = _checkpoint_folder(model, options["load_format"])
+    # A folder's path is of this machine only. Its name is the one given, not that of a link's target.
+    model_id = os.path.basename(os.path.abspath(model)) if Path(model).is_dir() else model  # noqa: PTH100, PTH119
     return ServeSettings(
-        model_path=str(_checkpoint_folder(model, options["load_format"])),
-        model_id=model,
-        served_name=options["served_name"] or model,
+        model_path=str(folder),
+        model_id=model_id,
+        served_name=options["served_name"] or model_id,
         dtype="" if options["dtype"] == "auto" else options["dtype"],
         load_format=options["load_format"],
         dummy_seed=options["dummy_seed"],
@@ -121,6 +132,11 @@ def _checkpoint_folder(model: str, load_format: str) -> Path:
         return folder.resolve()
     if folder.exists() or model.startswith((".", "/")) or model.count("/") != 1:
         raise click.BadParameter(f"{model} is neither a folder nor a hub name like Qwen/Qwen3-8B", param_hint="MODEL")
+    return _download(model, load_format)
+
+
+def _download(model: str, load_format: str) -> Path:
+    """A hub name's snapshot; a click error, one line, where it can't be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -128,7 +144,8 @@ def _checkpoint_folder(model: str, load_format: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
         raise click.ClickException(
-            f"{model} could not be downloaded: {error}\n"
-            "Give a folder that holds the checkpoint, or make the hub reachable (HF_TOKEN for gated models)."
+            f"there is no folder {model}, and it could not be downloaded from the hub; give a folder that holds the "
+            f"checkpoint, or make the hub reachable (HF_TOKEN for gated models): {reason}"
         ) from error

@@ -26,7 +26,11 @@ def status(target: str, as_json: bool) -> None:
         except grpc.RpcError as error:
             raise error_from(error) from error
     if as_json:
-        click.echo(json.dumps(MessageToDict(reply, preserving_proto_field_name=True)))
+        click.echo(
+            json.dumps(
+                MessageToDict(reply, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+            )
+        )
         return
     for line in _lines(reply):
         click.echo(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -221,5 +222,21 @@ def test_an_unknown_sampling_field_is_refused_by_name() -> None:
 
 
 def test_an_empty_list_is_no_prompt() -> None:
-    with Client("127.0.0.1:1") as client, pytest.raises(ValueError, match="prompt is empty"):
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequestError, match="prompt is empty"):
         client.generate([])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "field"),
+    [
+        ("hello", {"max_tokens": 1 << 40}, "max_tokens"),
+        ("hello", {"seed": -1}, "seed"),
+        ("hello", {"priority": 1 << 40}, "priority"),
+        ([1, 1 << 40], {}, "token_ids"),
+    ],
+)
+def test_a_number_that_its_field_cannot_hold_is_refused_by_name(
+    prompt: Any, options: dict[str, Any], field: str
+) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequestError, match=f"^{field}: "):
+        client.generate(prompt, **options)

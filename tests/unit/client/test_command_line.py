@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from click.testing import CliRunner
 
 from tpmodel.cli import main
 from tpmodel.cli.serve import ByteSize
+from tpmodel_worker.settings import ServeSettings
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -58,6 +61,69 @@ def test_serve_refuses_what_is_neither_folder_nor_hub_name() -> None:
     assert "neither a folder nor a hub name" in output
 
 
-@pytest.mark.parametrize(("text", "expected"), [("500", 500), ("2k", 2000), ("1.5Gi", 3 << 29), ("4 MiB", 4 << 20)])
+def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(folder)
+    for given, name in ((folder, "my-model"), (f"{folder}/", "my-model"), (tmp_path / "link", "link")):
+        settings = settings_of("serve", str(given))
+        assert (settings.served_name, settings.model_id) == (name, name)
+        assert settings.model_path == str(folder)
+    settings = settings_of("serve", str(folder), "--served-name", "mine")
+    assert (settings.served_name, settings.model_id) == ("mine", "my-model")
+
+
+def settings_of(*arguments: str) -> ServeSettings:
+    """What `tpmodel serve` would run with."""
+    given: list[ServeSettings] = []
+
+    def record(settings: ServeSettings) -> int:
+        given.append(settings)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tpmodel_worker.supervisor.main.serve", record)
+        assert run(*arguments)[0] == 0
+    return given[0]
+
+
+@pytest.mark.parametrize("target", ["", "9000", "localhost", "http://127.0.0.1:8000"])
+@pytest.mark.parametrize("command", [["generate", "hello"], ["status"], ["bench"]])
+def test_a_target_that_is_no_host_and_port_is_refused(command: list[str], target: str) -> None:
+    code, output = run(*command, "--target", target)
+    assert code == 2
+    assert "is not HOST:PORT" in output
+
+
+def test_a_port_that_speaks_no_grpc_is_explained() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        code, output = run("status", "--target", f"127.0.0.1:{port}")
+        thread.join(10)
+    assert code == 1
+    assert "that is an HTTP port, give a gRPC one" in output
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-model-len", "1"), ("--kv-cache-memory", "much"), ("--port", "70000"), ("--tp", "x")]
+)
+def test_serve_names_the_option_that_cannot_be(tmp_path: Path, option: str, value: str) -> None:
+    code, output = run("serve", str(tmp_path), option, value)
+    assert code == 2
+    assert option in output
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2T", 2 * 10**12), ("500", 500), ("2k", 2000), ("1.5Gi", 3 << 29), ("4 MiB", 4 << 20)]
+)
 def test_sizes_are_read_with_their_units(text: str, expected: int) -> None:
     assert ByteSize().convert(text, None, None) == expected
