@@ -96,7 +96,8 @@ def _map(what: str, handle: Any, size: int, device: torch.device) -> DeviceMemor
     try:
         address = _checked(driver.cuMemAddressReserve(size, 0, 0, 0))
         (result,) = driver.cuMemMap(address, size, 0, handle, 0)
-        if result == driver.CUresult.CUDA_ERROR_INVALID_VALUE:
+        # What drivers answer when more is mapped than was allocated: the second where the memory was imported.
+        if result in (driver.CUresult.CUDA_ERROR_INVALID_VALUE, driver.CUresult.CUDA_ERROR_NOT_SUPPORTED):
             raise ArenaSizeError(f"{what}: its manifest says {size} bytes, which its descriptor does not have")
         _checked((result,))
         mapped = True
