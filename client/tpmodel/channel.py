@@ -15,6 +15,8 @@ OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.dns_min_time_between_resolutions_ms", 5000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # It is this one that ends the connection when a ping stays unanswered; its default is a minute.
+    ("grpc.http2.ping_timeout_ms", 10_000),
 ]
 
 

@@ -90,11 +90,13 @@ class RankGang:
 class RankSession:
     """One session, as the engine opens it."""
 
-    def __init__(self, gang: RankGang, rank: int, epoch: int, *, instance: str = "engine") -> None:
+    def __init__(
+        self, gang: RankGang, rank: int, epoch: int, *, instance: str = "engine", options: Sequence[Any] = ()
+    ) -> None:
         self.rank = rank
         self.epoch = epoch
         self.seq = 0
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{gang.ports[rank]}")
+        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{gang.ports[rank]}", options=options)
         self.metadata = token_metadata(gang.token)
         stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = stub

@@ -22,6 +22,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # It is this one that ends the connection when a ping stays unanswered; its default is a minute.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A gang's addresses are never behind a proxy, whatever the environment says.
     ("grpc.enable_http_proxy", 0),
