@@ -8,9 +8,11 @@ The ready line goes to standard output, everything else to standard error. Its f
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
-from typing import Literal, Never
+from collections.abc import Iterator
+from typing import Literal, Never, TextIO
 
 from tqdm import tqdm
 
@@ -53,8 +55,9 @@ class Terminal:
                 self._show_progress(state)
             case Ready(settings, seconds):
                 self._close_bar()
-                sys.stdout.write(ready_line(settings, seconds) + "\n")
-                sys.stdout.flush()
+                with _reader_may_be_gone(sys.stdout):
+                    sys.stdout.write(ready_line(settings, seconds) + "\n")
+                    sys.stdout.flush()
             case Draining(reason):
                 self._close_bar()
                 self._say(f"{reason}: finishing running requests")
@@ -85,7 +88,18 @@ class Terminal:
         self._print(line if self._format == "text" else label("supervisor", line, self._format))
 
     def _print(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; serving goes on
+        with _reader_may_be_gone(sys.stderr):
             # Through the bar, which would otherwise be torn apart.
             tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _reader_may_be_gone(stream: TextIO) -> Iterator[None]:
+    """Serving goes on when nobody reads a stream any more; what is printed from then on goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
