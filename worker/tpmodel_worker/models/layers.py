@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.kernels.linear import linear
 from tpmodel_worker.models.sharding import HeadShard, ShardedModule, TensorPart, VocabShard, divide, empty_weight
 
 
@@ -57,7 +58,7 @@ class ColumnParallelLinear(ShardedModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, inputs) -> (T, outputs / world size), this rank's features."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
     def parts(self, name: str) -> list[TensorPart]:
         """A range of rows: checkpoints keep weights as (outputs, inputs)."""
@@ -94,7 +95,7 @@ class MergedColumnParallelLinear(ShardedModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, inputs) -> (T, len(names) * outputs / world size)."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
     def parts(self, name: str) -> list[TensorPart]:
         """A range of rows of every merged layer."""
@@ -126,7 +127,7 @@ class QkvParallelLinear(ShardedModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, inputs) -> (T, query heads + 2 * KV heads, head_dim): queries, then keys, then values."""
-        return F.linear(hidden, self.weight).unflatten(-1, (-1, self.head_dim))
+        return linear(hidden, self.weight).unflatten(-1, (-1, self.head_dim))
 
     def parts(self, name: str) -> list[TensorPart]:
         """Rows of `q_proj`, `k_proj` and `v_proj`."""
@@ -162,7 +163,7 @@ class RowParallelLinear(CommunicatingModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, inputs / world size), this rank's features -> (T, outputs), whole on every rank."""
-        return self.communicator.all_reduce(F.linear(hidden, self.weight))
+        return self.communicator.all_reduce(linear(hidden, self.weight))
 
     def parts(self, name: str) -> list[TensorPart]:
         """A range of columns: checkpoints keep weights as (outputs, inputs)."""
@@ -218,7 +219,7 @@ class ParallelLanguageModelHead(ShardedModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, size) -> (R, shard size) float32; -inf where no token exists."""
-        logits = F.linear(hidden, self.weight).float()
+        logits = linear(hidden, self.weight).float()
         if self.shard.valid < self.shard.size:
             logits[:, self.shard.valid :] = float("-inf")
         return logits
