@@ -78,7 +78,7 @@ def test_an_index_keeps_other_files_of_the_folder_out(checkpoint):
 
 
 def test_a_folder_without_safetensors_files(tmp_path):
-    with pytest.raises(CheckpointError, match="no safetensors files"):
+    with pytest.raises(CheckpointError, match="there is no safetensors file in"):
         list_checkpoint_files(tmp_path)
 
 

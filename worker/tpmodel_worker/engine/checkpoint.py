@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tpmodel_worker.engine.errors import ConfigurationError
+from tpmodel_worker.loading.checkpoint_files import list_checkpoint_files
+from tpmodel_worker.loading.errors import CheckpointError
 
 _CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, load_format: str) -> Checkpoint:
-    """Reads config.json and finds the safetensors files: those the index names, else all there are.
+    """Reads config.json and finds the safetensors files.
 
     Raises ConfigurationError naming the file that is missing or can't be read.
     """
@@ -36,17 +36,8 @@ def read_checkpoint(folder: Path, load_format: str) -> Checkpoint:
 
 
 def _safetensors(folder: Path) -> tuple[str, ...]:
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigurationError(f"{index} can't be read: {error!r}") from error
-        missing = sorted(name for name in names if not (folder / name).exists())
-        if missing:
-            raise ConfigurationError(f"{index} names files that are missing: {', '.join(missing)}")
-    else:
-        names = {path.name for path in folder.glob("*.safetensors")}
-    if not names:
-        raise ConfigurationError(f"there is no safetensors file in {folder}")
-    return tuple(str((folder / name).absolute()) for name in sorted(names))
+    try:
+        files = list_checkpoint_files(folder)
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from error
+    return tuple(str(path.absolute()) for path in files)

@@ -55,7 +55,7 @@ def list_checkpoint_files(folder: str | Path) -> list[Path]:
         return [folder / SINGLE_NAME]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: no safetensors files")
+        raise CheckpointError(f"there is no safetensors file in {folder}")
     return files
 
 
