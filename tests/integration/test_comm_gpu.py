@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.arena_holder import ArenaHolder
+from support.rank_link import RankLink
 from support.rank_processes import RankProcesses
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.comm.rendezvous import start_store
@@ -30,19 +30,19 @@ def processes() -> Iterator[RankProcesses]:
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[ArenaHolder]:
-    with ArenaHolder(tmp_path / "rank.sock") as holder:
+def holder(tmp_path: Path) -> Iterator[RankLink]:
+    with RankLink(tmp_path / "rank.sock") as holder:
         yield holder
 
 
 @pytest.fixture
-def world(holder: ArenaHolder) -> Iterator[dict[str, Any]]:
+def world(holder: RankLink) -> Iterator[dict[str, Any]]:
     store = start_store("127.0.0.1")
     yield {"socket": str(holder.path), "rendezvous": f"127.0.0.1:{store.port}", "epoch": EPOCH, "device": "cuda"}
     del store
 
 
-def test_device_memory_survives_the_rank_that_made_it(processes: RankProcesses, holder: ArenaHolder) -> None:
+def test_device_memory_survives_the_rank_that_made_it(processes: RankProcesses, holder: RankLink) -> None:
     """The holder has no CUDA context of its own."""
     place = {"socket": str(holder.path), "device": "cuda"}
     run = processes.start("fill_arena_and_hang", [0], size=8 * MEBIBYTE, **place)
@@ -55,7 +55,7 @@ def test_device_memory_survives_the_rank_that_made_it(processes: RankProcesses, 
     assert processes.values(reader, [1]) == [sum(range(256)) * 8 * MEBIBYTE // 256]
 
 
-def test_device_arena_views_checks_and_gives_back(processes: RankProcesses, holder: ArenaHolder) -> None:
+def test_device_arena_views_checks_and_gives_back(processes: RankProcesses, holder: RankLink) -> None:
     assert processes.values(processes.start("use_device_arena", [0]), [0]) == ["done"]
 
 

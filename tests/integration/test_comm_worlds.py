@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from support.arena_holder import ArenaHolder
+from support.rank_link import RankLink
 from support.rank_processes import RankProcesses
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK, ArenaId
 from tpmodel_worker.comm.rendezvous import start_store
@@ -26,13 +26,13 @@ def processes() -> Iterator[RankProcesses]:
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[ArenaHolder]:
-    with ArenaHolder(tmp_path / "rank.sock") as holder:
+def holder(tmp_path: Path) -> Iterator[RankLink]:
+    with RankLink(tmp_path / "rank.sock") as holder:
         yield holder
 
 
 @pytest.fixture
-def world(holder: ArenaHolder) -> Iterator[dict[str, Any]]:
+def world(holder: RankLink) -> Iterator[dict[str, Any]]:
     """What every rank of a world is told, but for its size."""
     store = start_store("127.0.0.1")
     yield {"socket": str(holder.path), "rendezvous": f"127.0.0.1:{store.port}", "epoch": EPOCH}
@@ -154,7 +154,7 @@ class TestMembership:
 
 class TestFaults:
     def test_killed_rank_is_an_error_then_the_next_epoch_is_right(
-        self, processes: RankProcesses, holder: ArenaHolder, world: dict[str, Any]
+        self, processes: RankProcesses, holder: RankLink, world: dict[str, Any]
     ) -> None:
         """W20: SIGKILL in the middle of collectives; the survivor's process goes on with a new peer."""
         run = processes.start(
@@ -182,7 +182,7 @@ class TestFaults:
         assert max(processes.values(run, [0, 1])) < 1.0
 
     def test_memory_survives_the_rank_that_made_it(
-        self, processes: RankProcesses, holder: ArenaHolder, world: dict[str, Any]
+        self, processes: RankProcesses, holder: RankLink, world: dict[str, Any]
     ) -> None:
         run = processes.start("fill_arena_and_hang", [0], socket=world["socket"], size=1 << 20)
         while ArenaId(0, "weights") not in holder.arenas:
@@ -195,7 +195,7 @@ class TestFaults:
 
 
 def test_rendezvous_process_says_its_port_serves_and_ends_with_the_supervisor(
-    processes: RankProcesses, holder: ArenaHolder, tmp_path: Path
+    processes: RankProcesses, holder: RankLink, tmp_path: Path
 ) -> None:
     settings = ServeSettings(model_path="", model_id="", served_name="", runtime_dir=str(tmp_path))
     run = processes.start("serve_store", [0], settings_json=settings.to_json())

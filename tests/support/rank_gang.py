@@ -50,7 +50,7 @@ class RankGang:
             runtime_dir=str(folder),
             log_format="text",
         )
-        self.link = RankLink(self.settings.rank_socket)
+        self.link = RankLink(self.settings.rank_socket, instance_id="")
         self._store = start_store("127.0.0.1")
         self.rendezvous = f"127.0.0.1:{self._store.port}"
         self.epochs = itertools.count(1)

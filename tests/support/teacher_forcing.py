@@ -38,7 +38,7 @@ def rank_logits(
     """
     store = start_store("127.0.0.1")
     socket_path = folder / "rank.sock"
-    link = RankLink(socket_path)
+    link = RankLink(socket_path, instance_id="")
     job = TeacherForcingJob(
         model_path=str(model_path),
         world_size=world_size,

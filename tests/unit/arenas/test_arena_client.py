@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.arena_holder import ArenaHolder
+from support.rank_link import RankLink
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaLinkError
@@ -24,24 +24,24 @@ WEIGHTS = ArenaId(0, "weights")
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[ArenaHolder]:
-    with ArenaHolder(tmp_path / "rank.sock") as holder:
+def holder(tmp_path: Path) -> Iterator[RankLink]:
+    with RankLink(tmp_path / "rank.sock") as holder:
         yield holder
 
 
 @pytest.fixture
-def client(holder: ArenaHolder) -> Iterator[ArenaClient]:
+def client(holder: RankLink) -> Iterator[ArenaClient]:
     with ArenaClient(holder.path, timeout_seconds=5.0) as client:
         yield client
 
 
-def test_hello_brings_rank_pid_and_port_and_returns_the_instance(holder: ArenaHolder, client: ArenaClient) -> None:
+def test_hello_brings_rank_pid_and_port_and_returns_the_instance(holder: RankLink, client: ArenaClient) -> None:
     assert client.hello(2, 1234, 5678) == "engine-1"
     (hello,) = holder.hellos()
     assert (hello.rank, hello.pid, hello.port) == (2, 1234, 5678)
 
 
-def test_instance_id_is_the_present_one_and_is_no_second_hello(holder: ArenaHolder, client: ArenaClient) -> None:
+def test_instance_id_is_the_present_one_and_is_no_second_hello(holder: RankLink, client: ArenaClient) -> None:
     client.hello(0, 1, 2)
     holder.instance_id = "engine-2"
     assert client.instance_id() == "engine-2"
@@ -89,7 +89,7 @@ def test_refusal_is_an_error_and_the_link_lives_on(client: ArenaClient) -> None:
     assert client.instance_id() == "engine-1"
 
 
-def test_abort_news_carry_epoch_and_deadline(holder: ArenaHolder, client: ArenaClient) -> None:
+def test_abort_news_carry_epoch_and_deadline(holder: RankLink, client: ArenaClient) -> None:
     client.abort_started(1 << 32 | 5, 2.5)
     client.abort_done(1 << 32 | 5)
     started, done = holder.requests
@@ -97,7 +97,7 @@ def test_abort_news_carry_epoch_and_deadline(holder: ArenaHolder, client: ArenaC
     assert done.abort_done.epoch == 1 << 32 | 5
 
 
-def test_silent_supervisor_is_an_error_after_the_deadline_and_then_at_once(holder: ArenaHolder) -> None:
+def test_silent_supervisor_is_an_error_after_the_deadline_and_then_at_once(holder: RankLink) -> None:
     holder.silent = True
     with ArenaClient(holder.path, timeout_seconds=0.2) as client:
         with pytest.raises(ArenaLinkError, match="hello: the supervisor did not answer"):
@@ -109,7 +109,7 @@ def test_silent_supervisor_is_an_error_after_the_deadline_and_then_at_once(holde
         assert time.monotonic() - started < 0.1
 
 
-def test_supervisor_that_is_gone_is_an_error(holder: ArenaHolder, client: ArenaClient, tmp_path: Path) -> None:
+def test_supervisor_that_is_gone_is_an_error(holder: RankLink, client: ArenaClient, tmp_path: Path) -> None:
     client.hello(0, 1, 2)
     holder.disconnect()
     with pytest.raises(ArenaLinkError, match="did not answer"):
@@ -137,7 +137,7 @@ def test_threads_share_one_link(client: ArenaClient) -> None:
             future.result(20)
 
 
-def test_wait_until_closed_returns_when_the_supervisor_goes(holder: ArenaHolder, client: ArenaClient) -> None:
+def test_wait_until_closed_returns_when_the_supervisor_goes(holder: RankLink, client: ArenaClient) -> None:
     client.hello(0, 1, 2)
     waiting = threading.Thread(target=client.wait_until_closed, daemon=True)
     waiting.start()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.arena_holder import ArenaHolder
+from support.rank_link import RankLink
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
 from tpmodel_worker.comm.communicator import (
@@ -35,7 +35,7 @@ ONE = dataclasses.replace(SPEC, world_size=1, pods=("a",))
 
 @pytest.fixture
 def arenas(tmp_path: Path) -> Iterator[ArenaClient]:
-    with ArenaHolder(tmp_path / "rank.sock") as holder, ArenaClient(holder.path) as client:
+    with RankLink(tmp_path / "rank.sock") as holder, ArenaClient(holder.path) as client:
         yield client
 
 

@@ -13,7 +13,7 @@ SCRIPT = """
 import json, sys, tempfile, threading, time
 from pathlib import Path
 import torch
-from support.arena_holder import ArenaHolder
+from support.rank_link import RankLink
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.comm.single import SingleCommunicator
 from tpmodel_worker.loading.checkpoint_files import list_checkpoint_files
@@ -27,7 +27,7 @@ def resident():
 checkpoint, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 torch.set_num_threads(1)
 torch.ones(512, 512) @ torch.ones(512, 512)
-with tempfile.TemporaryDirectory(prefix="tp") as folder, ArenaHolder(Path(folder) / "s") as holder:
+with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
     with ArenaClient(holder.path) as arenas:
         samples, stopped = [resident()], threading.Event()
         def poll():

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.arena_holder import ArenaHolder
 from support.checkpoints import make_checkpoint
 from support.lockstep import LockstepWorld
+from support.rank_link import RankLink
 from support.shards import PagedSequences
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.arenas.client import ArenaClient
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def holder():
     # A socket's path has to be short.
-    with tempfile.TemporaryDirectory(prefix="tp") as folder, ArenaHolder(Path(folder) / "s") as holder:
+    with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
         yield holder
 
 
