@@ -62,6 +62,8 @@ class ByteSize(click.ParamType):
 @click.option("--api-key", default=None, help="Clients must send it; default: $TPMODEL_API_KEY.")
 @click.option("--drain-timeout", type=float, default=120.0, show_default=True, help="Seconds for streams to finish.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True)
+@click.option("--runtime-dir", type=click.Path(exists=True, file_okay=False), default=None,
+              help="Where the server makes its short-lived folder of Unix sockets; default: /tmp.")  # fmt: skip
 def serve(model: str, **options: Any) -> None:
     """Serve MODEL, a checkpoint folder or a hub name, until interrupted.
 
@@ -120,6 +122,7 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         api_key=options["api_key"] or os.environ.get("TPMODEL_API_KEY", ""),
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],
+        runtime_dir=os.path.abspath(options["runtime_dir"]) if options["runtime_dir"] else "",  # noqa: PTH100
     )
 
 

@@ -127,3 +127,16 @@ def test_serve_names_the_option_that_cannot_be(tmp_path: Path, option: str, valu
 )
 def test_sizes_are_read_with_their_units(text: str, expected: int) -> None:
     assert ByteSize().convert(text, None, None) == expected
+
+
+def test_serve_makes_its_folder_of_sockets_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("serve", str(tmp_path), "--runtime-dir", "run").runtime_dir == str(tmp_path / "run")
+
+
+def test_serve_refuses_a_folder_of_sockets_that_is_not_there(tmp_path: Path) -> None:
+    code, output = run("serve", str(tmp_path), "--runtime-dir", str(tmp_path / "none"))
+    assert code == 2
+    assert "--runtime-dir" in output
