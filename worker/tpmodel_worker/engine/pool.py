@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import grpc
-
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.engine.abort import abort_everywhere
 from tpmodel_worker.engine.errors import (
     ChecksumError,
     PoolError,
@@ -35,9 +34,6 @@ from tpmodel_worker.engine.session import RankChannel, Session
 from tpmodel_worker.engine.watch import watch_steps
 
 logger = logging.getLogger(__name__)
-
-_ABORT_SHARE = 0.8
-"""Of the time to drain after a fault, what the Abort calls may take; the rest is for the streams to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,22 +396,11 @@ class Pool:
             self._abort = asyncio.create_task(self._abort_everywhere(reason), name=f"abort of epoch {self.epoch}")
 
     async def _abort_everywhere(self, reason: str) -> None:
-        """Aborts on every rank, the failed ones too: a session may be gone while its process is not."""
-        logger.warning("aborting the world: %s", reason, extra={"epoch": self.epoch})
-        await asyncio.gather(*(self._abort_one(rank, reason) for rank in range(self.world_size)))
-
-    async def _abort_one(self, rank: int, reason: str) -> None:
-        begun = time.monotonic()
-        try:
-            await self._channels[rank].abort(self.epoch, reason, _ABORT_SHARE * self._timeouts.drain)
-        except grpc.aio.AioRpcError as error:
-            message = f"did not confirm the abort ({error.code().name}: {error.details()})"
-            logger.warning("rank %d %s", rank, message, extra={"epoch": self.epoch, "rank": rank})
-            if self._error is not None:
-                self._error = self._error.with_ranks([RankFailure(rank, message)])
-        # Whatever the rank had said before is still read; its session ends with this epoch.
-        left = self._timeouts.drain - (time.monotonic() - begun)
-        await self._sessions[rank].close(max(left, 0.0))
+        unconfirmed = await abort_everywhere(
+            self._channels, self._sessions, epoch=self.epoch, reason=reason, drain_seconds=self._timeouts.drain
+        )
+        if self._error is not None:
+            self._error = self._error.with_ranks(unconfirmed)
 
     def _log_local_failure(self, error: PoolError) -> None:
         if error.engine is not None:
