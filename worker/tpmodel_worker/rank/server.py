@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel.v1 import worker_pb2_grpc
@@ -28,6 +29,7 @@ from tpmodel_worker.rank.worker import ABORT_SECONDS, Worker
 
 EPOCH_METADATA = "tpmodel-epoch"
 INSTANCE_METADATA = "tpmodel-instance"
+_SERVICE = "tpmodel.v1.WorkerService"
 _STOP_SECONDS = 2.0
 _START_SECONDS = 30.0
 _OPTIONS = (
@@ -93,6 +95,7 @@ class RankServer:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._servicer, server)
         health_servicer = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         try:
             port = server.add_insecure_port(f"{self._address}:0")
             await server.start()

@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 from typing import NoReturn, Protocol
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_worker.auth import TokenInterceptor
@@ -16,6 +19,8 @@ from tpmodel_worker.supervisor.ports import join_host_port
 from tpmodel_worker.supervisor.processes import Process, ProcessTable
 from tpmodel_worker.supervisor.status import process_statuses
 
+_SERVICE = "tpmodel.v1.SupervisorService"
+_HEALTH_SERVICE = "grpc.health.v1.Health"
 # Events that a watcher may lag behind before its stream is ended.
 _WATCH_QUEUE = 1024
 
@@ -150,12 +155,19 @@ class SupervisorServer:
     """The gRPC server of SupervisorService, on a port of its own choice."""
 
     def __init__(self, settings: ServeSettings, servicer: SupervisorServicer) -> None:
-        self._server = grpc.aio.server(interceptors=[TokenInterceptor(settings.token)])
+        self._server = grpc.aio.server(
+            interceptors=[TokenInterceptor(settings.token, open_prefixes=(f"/{_HEALTH_SERVICE}/",))]
+        )
         worker_pb2_grpc.add_SupervisorServiceServicer_to_server(servicer, self._server)
+        self._health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         self.port = self._server.add_insecure_port(join_host_port(settings.address, 0))
 
     async def start(self) -> None:
         """Starts serving."""
+        for service in ("", _SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
 
     async def stop(self) -> None:
