@@ -62,9 +62,11 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line (and its traceback, when it has one)."""
         message = record.getMessage()
-        fields = {field: str(getattr(record, field)) for field in FIELDS if hasattr(record, field)}
-        # A cause is mostly what the message says already: a program wants it apart, a person does not.
-        extras = " ".join(f"{field}={value}" for field, value in fields.items() if value not in message)
+        fields = {field: getattr(record, field) for field in FIELDS if hasattr(record, field)}
+        # Mostly the message says it already: a program wants it apart, a person does not.
+        if str(fields.get("cause", "")) in message:
+            fields.pop("cause", None)
+        extras = " ".join(f"{field}={value}" for field, value in fields.items())
         line = f"{self._start}{record.levelname.lower()}: {message}"
         line = f"{line} [{extras}]" if extras else line
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line

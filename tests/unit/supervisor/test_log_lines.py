@@ -24,8 +24,8 @@ def test_text_shows_fields_behind_the_message() -> None:
 
 
 def test_text_does_not_repeat_what_the_message_says() -> None:
-    line = TextFormatter("engine").format(record("failed: no file", cause="no file"))
-    assert line == "[engine] warning: failed: no file"
+    line = TextFormatter("engine").format(record("failed 7 times: no file", epoch=7, cause="no file"))
+    assert line == "[engine] warning: failed 7 times: no file [epoch=7]"
 
 
 def test_json_carries_every_field_apart() -> None:

@@ -30,8 +30,6 @@ _ASKS_INSTANCE = ("hello", "fetch_arena")
 
 HelloListener = Callable[[int, Process, int], None]
 """Called with the rank, its process and the port it serves on."""
-DeadmanListener = Callable[[int, int], None]
-"""Called with the rank that is being killed and the epoch that it did not leave."""
 
 
 @dataclass(slots=True)
@@ -51,14 +49,12 @@ class RankLinkServer:
         *,
         instance_id: Callable[[], Awaitable[str]],
         on_hello: HelloListener,
-        on_deadman: DeadmanListener = lambda _rank, _epoch: None,
     ) -> None:
         """instance_id: the engine instance that the supervisor is registered with now, "" before."""
         self._path = path
         self._memory = memory
         self._instance_id = instance_id
         self._on_hello = on_hello
-        self._on_deadman = on_deadman
         self._peers: dict[int, _Peer] = {}
         self._changed = asyncio.Condition()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -196,7 +192,6 @@ class RankLinkServer:
 
     def _kill(self, peer: _Peer, epoch: int, seconds: float) -> None:
         _log.error("%s has not left epoch %d within %.1f s: killing it", peer.process.name, epoch, seconds)
-        self._on_deadman(peer.rank, epoch)
         peer.process.send_signal(signal.SIGKILL)
 
 
