@@ -46,6 +46,8 @@ class ApiMetrics:
         # prometheus_client decides at import whether values are shared, so main() sets that up first.
         from prometheus_client import REGISTRY, Counter, Histogram
 
+        from tpmodel_worker.api.batched_histogram import BatchedHistogram
+
         registry = registry or REGISTRY
         self.time_to_first_token = Histogram(
             "tpmodel_time_to_first_token_seconds",
@@ -53,7 +55,7 @@ class ApiMetrics:
             buckets=_WAIT_BUCKETS,
             registry=registry,
         )
-        self.inter_token = Histogram(
+        self.inter_token = BatchedHistogram(
             "tpmodel_inter_token_seconds",
             "Between two tokens of a sample.",
             buckets=_TOKEN_BUCKETS,
@@ -90,6 +92,7 @@ class ApiMetrics:
                 outcome.code = "INTERNAL"
             raise
         finally:
+            self.inter_token.flush()
             self.request.observe(monotonic() - start)
             self.requests.labels(outcome.code, protocol).inc()
 
@@ -119,9 +122,7 @@ class TokenTimes:
             return
         last = self._last.get(output.sample_index)
         if last is not None:
-            gap = (now - last) / count
-            for _ in range(count):
-                self.metrics.inter_token.observe(gap)
+            self.metrics.inter_token.observe_many((now - last) / count, count, now)
         elif not self._last:
             self.metrics.time_to_first_token.observe(now - self.start)
         self._last[output.sample_index] = now
