@@ -46,33 +46,6 @@ class RmsNorm(ShardedModule):
         ]
 
 
-class ColumnParallelLinear(ShardedModule):
-    """Linear without bias whose output features are split over the ranks."""
-
-    def __init__(self, inputs: int, outputs: int, communicator: Communicator, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.shape = (outputs, inputs)
-        self.columns = divide(outputs, communicator.world_size)
-        self.start = communicator.rank * self.columns
-        self.weight = empty_weight(self.columns, inputs, dtype=dtype)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(T, inputs) -> (T, outputs / world size), this rank's features."""
-        return linear(hidden, self.weight)
-
-    def parts(self, name: str) -> list[TensorPart]:
-        """A range of rows: checkpoints keep weights as (outputs, inputs)."""
-        return [
-            TensorPart(
-                checkpoint_name=f"{name}.weight",
-                shape=self.shape,
-                dimension=0,
-                start=self.start,
-                length=self.columns,
-            )
-        ]
-
-
 class MergedColumnParallelLinear(ShardedModule):
     """Several column-parallel linears of one input, computed as one product."""
 
