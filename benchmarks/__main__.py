@@ -9,6 +9,7 @@ import sys
 PROGRAMS = (
     "scheduler",
     "engine_steps",
+    "engine_gap",
     "all_reduce_cpu",
     "linear_cpu",
     "sampling_cpu",
