@@ -1,6 +1,6 @@
 """Does a fast device wait for the engine? Idle time between the steps of rank 0, at a given step time.
 
-    python -m benchmarks.engine_gap [--step-ms 1.5] [--tp 1 4 8] [--batch 1 64] [--seconds 4]
+    python -m benchmarks.engine_gap [--step-ms 1.5] [--tp 1 4 8] [--batch 1 64] [--seconds 2] [--rounds 3]
 
 A real engine process drives stand-ins of ranks over real gRPC; their steps take exactly the given time and no CPU.
 While nobody waits, plans have several steps; with more requests than slots every plan has one, and the engine,
@@ -49,6 +49,12 @@ class Gap:
     times: DeviceTimes
     wall: float
     engine_cpu: float
+
+    @property
+    def idle(self) -> float:
+        """The device's time without work over all its time."""
+        idle = sum(self.times.gaps)
+        return idle / (idle + self.times.busy_seconds)
 
 
 class Ranks:
@@ -133,7 +139,9 @@ async def measure(settings: ServeSettings, ranks: Ranks, engine: psutil.Process,
         ranks.take_times()
         begun, used = time.perf_counter(), cpu_seconds(engine)
         await _read_for(client, seconds)
-        return Gap(ranks.take_times(), time.perf_counter() - begun, cpu_seconds(engine) - used)
+        gap = Gap(ranks.take_times(), time.perf_counter() - begun, cpu_seconds(engine) - used)
+        client.cancel_all()
+        return gap
 
 
 async def _read_for(client: EngineClient, seconds: float) -> None:
@@ -142,8 +150,8 @@ async def _read_for(client: EngineClient, seconds: float) -> None:
         await client.read()
 
 
-def run(world_size: int, batch: int, waiting: int, step_seconds: float, seconds: float) -> Gap:
-    """One engine, one load."""
+def run(world_size: int, batch: int, waiting: int, *, step_seconds: float, seconds: float, rounds: int) -> Gap:
+    """One engine, one load; of several rounds the one in the middle, by idle time."""
     # Not TMPDIR: the path of a Unix socket must be short.
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder, Ranks(world_size, step_seconds) as ranks:
         Path(folder, "config.json").write_text("{}", encoding="utf-8")
@@ -160,12 +168,13 @@ def run(world_size: int, batch: int, waiting: int, step_seconds: float, seconds:
             runtime_dir=folder,
         )
         settings.metrics_dir.mkdir()
-        return asyncio.run(_run(settings, ranks, waiting, seconds))
+        gaps = asyncio.run(_run(settings, ranks, waiting, seconds, rounds))
+    return sorted(gaps, key=lambda gap: gap.idle)[rounds // 2]
 
 
-async def _run(settings: ServeSettings, ranks: Ranks, waiting: int, seconds: float) -> Gap:
+async def _run(settings: ServeSettings, ranks: Ranks, waiting: int, seconds: float, rounds: int) -> list[Gap]:
     async with running_engine(settings, ranks) as engine:
-        return await measure(settings, ranks, engine, waiting, seconds)
+        return [await measure(settings, ranks, engine, waiting, seconds) for _ in range(rounds)]
 
 
 def main() -> None:
@@ -174,24 +183,32 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=1.5)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    print(f"steps of {arguments.step_ms} ms, {os.cpu_count()} cores for the engine and the stand-ins of the ranks")
+    print(f"steps of {arguments.step_ms} ms, {os.cpu_count()} cores for the engine and the stand-ins of the ranks; "
+          f"the middle one of {arguments.rounds} rounds")  # fmt: skip
     print("| tp | batch | others wait | steps/s | steps/plan | idle | late plans | median gap, ms "
           "| engine us/plan | engine cores |")  # fmt: skip
     print("| ---: | ---: | --- |" + " ---: |" * 7)
     for tp in arguments.tp:
         for batch in arguments.batch:
             for waiting in (0, 1):
-                gap = run(tp, batch, waiting, arguments.step_ms / 1000, arguments.seconds)
+                gap = run(
+                    tp,
+                    batch,
+                    waiting,
+                    step_seconds=arguments.step_ms / 1000,
+                    seconds=arguments.seconds,
+                    rounds=arguments.rounds,
+                )
                 print(_row(tp, batch, waiting, gap), flush=True)
 
 
 def _row(tp: int, batch: int, waiting: int, gap: Gap) -> str:
     times = gap.times
-    idle = sum(times.gaps)
     columns = [str(tp), str(batch), "yes" if waiting else "no", f"{times.steps / gap.wall:.0f}"]
-    columns += [f"{times.steps / times.plans:.1f}", f"{idle / (idle + times.busy_seconds):.1%}"]
+    columns += [f"{times.steps / times.plans:.1f}", f"{gap.idle:.1%}"]
     columns += [f"{len(times.gaps) / times.plans:.0%}", f"{1000 * statistics.median(times.gaps or [0.0]):.2f}"]
     columns += [f"{1e6 * gap.engine_cpu / times.plans:.0f}", f"{gap.engine_cpu / gap.wall:.2f}"]
     return "| " + " | ".join(columns) + " |"

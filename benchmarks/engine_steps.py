@@ -1,6 +1,6 @@
 """What the engine itself costs: its CPU time for each step and plan, and the plans' bytes.
 
-    python -m benchmarks.engine_steps [--tp 1 2 4 8] [--batch 1 16 64] [--seconds 4]
+    python -m benchmarks.engine_steps [--tp 1 2 4 8] [--batch 1 16 64] [--seconds 2] [--rounds 3]
 
 A tiny model with random weights, CPU ranks, requests that decode steadily. The engine is read from outside:
 CPU time of its process, and its own /metrics. How long a step takes says nothing here, where many ranks share
@@ -99,9 +99,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores for ranks, engine and all else; engine: CPU time of its process, all threads")
+    print(f"{os.cpu_count()} cores for ranks, engine and all else; engine: CPU time of its process, all threads; "
+          f"the middle one of {arguments.rounds} rounds")  # fmt: skip
     print("| tp | batch | steps/s | steps/plan | engine us/step | engine us/plan | of it planning | plan bytes "
           "| stepping |")  # fmt: skip
     print("| ---: |" + " ---: |" * 8)
@@ -110,7 +112,8 @@ def main() -> None:
         for tp in arguments.tp:
             with measured_server(Path(folder), tp=tp, options=SERVE_OPTIONS) as server:
                 for batch in arguments.batch:
-                    row = asyncio.run(measure(server, batch, arguments.seconds))
+                    rounds = [asyncio.run(measure(server, batch, arguments.seconds)) for _ in range(arguments.rounds)]
+                    row = sorted(rounds, key=lambda figures: figures.engine_us_per_step)[len(rounds) // 2]
                     print(
                         f"| {tp} | {batch} | {row.steps_per_second:.0f} | {row.steps_per_plan:.1f} "
                         f"| {row.engine_us_per_step:.0f} | {row.engine_us_per_plan:.0f} | {row.plan_us:.0f} "
