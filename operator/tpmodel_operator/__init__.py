@@ -1,1 +1,1 @@
-"""The Kubernetes operator. Not built yet: this package only holds its place in the wheel."""
+"""The Kubernetes operator: turns TPModels into gangs of pods and keeps them so."""

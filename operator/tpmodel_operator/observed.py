@@ -1,0 +1,104 @@
+"""What decisions are made from: small records of the objects that exist, as the watches last saw them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from tpmodel_operator.api import TPModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerEnd:
+    """How the worker's container last ended."""
+
+    exit_code: int
+    message: str = ""
+    """The termination message: the cause, as the supervisor wrote it."""
+    time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodRecord:
+    """One pod of a gang."""
+
+    name: str
+    uid: str
+    namespace: str
+    model: str
+    gang: str
+    index: int
+    """Ordinal within the gang; 0 is the leader pod."""
+    created: datetime
+    changed: datetime
+    """When its status last changed (scheduled, image pulled, container running, ready)."""
+    deleting_since: datetime | None = None
+    grace_seconds: int = 0
+    node: str = ""
+    ip: str = ""
+    phase: str = "Pending"
+    running: bool = False
+    """Whether the worker's container runs."""
+    ready: bool = False
+    ready_changed: datetime | None = None
+    waiting_reason: str = ""
+    """Why the container does not run yet, such as ImagePullBackOff."""
+    restart_count: int = 0
+    ended: ContainerEnd | None = None
+    """The newest end of the worker's container, in its present or its last state; None: it never ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatefulSetRecord:
+    """One gang's StatefulSet."""
+
+    name: str
+    """The gang's name."""
+    uid: str
+    namespace: str
+    model: str
+    index: int
+    revision: str
+    pods: int
+    image: str
+    created: datetime
+    deleting: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRecord:
+    """A node that a pod of the model is bound to."""
+
+    name: str
+    ready: bool
+    ready_changed: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GangReport:
+    """GangStatus as the gang's leader pod answered it; never an input of a restart."""
+
+    gang: str
+    phase: str
+    epoch: int
+    ready_ranks: int
+    load_percent: int
+    time: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """Everything that one pass over one TPModel decides from."""
+
+    model: TPModel
+    now: datetime
+    statefulsets: tuple[StatefulSetRecord, ...] = ()
+    pods: tuple[PodRecord, ...] = ()
+    nodes: dict[str, NodeRecord] = field(default_factory=dict)
+    """Nodes of pods that are being deleted, by name; a node that does not exist is absent."""
+    attempts: dict[str, int] = field(default_factory=dict)
+    """What the gangs' ConfigMaps say, by gang."""
+    reports: dict[str, GangReport] = field(default_factory=dict)
+    """By gang; shown in status only."""
+    volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Access modes of the PersistentVolumeClaims that the spec names, by claim; a missing one is absent."""
