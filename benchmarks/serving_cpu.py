@@ -3,20 +3,21 @@
     python -m benchmarks.serving_cpu
 
 Mixed lengths: prompts of 32 to 512 tokens, outputs of 16 to 256; float32, greedy. Counted are useful tokens:
-those that a request asked for, not the padding of a batch. Peer and project take turns, so that a machine
-whose speed drifts treats them alike.
+those that a request asked for, not the padding of a batch. Every run sends the same requests. Peer and
+project take turns, so that a machine whose speed drifts treats them alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tpmodel import AsyncClient
 from tpmodel.local import LocalServer
 
 VOCABULARY = 32768
+MOST_CONCURRENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class Work:
 
     prompt: tuple[int, ...]
     output_tokens: int
+
+
+Run = Callable[[Sequence[Work]], None]
 
 
 def mixed_work(count: int, *, seed: int) -> list[Work]:
@@ -112,7 +117,7 @@ async def serve_work(target: str, work: Sequence[Work], concurrency: int) -> Non
         await asyncio.gather(*(worker(client) for _ in range(concurrency)))
 
 
-def useful_tokens_per_second(run: Callable[[Sequence[Work]], None], work: Sequence[Work]) -> float:
+def useful_tokens_per_second(run: Run, work: Sequence[Work]) -> float:
     """Tokens that were asked for, over the time that the run took."""
     started = time.perf_counter()
     run(work)
@@ -123,46 +128,71 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--tp", type=int, nargs="+", default=[2, 4], help="world sizes reported beside tp 1")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
+    work = mixed_work(arguments.requests, seed=2)
     with tempfile.TemporaryDirectory() as root:
-        parameters = write_model(Path(root))
-        peer = Transformers(Path(root))
-        print(f"{parameters / 1e6:.0f} M parameters, float32, {torch.get_num_threads()} cores", flush=True)
+        folder = Path(root)
+        parameters = write_model(folder)
+        print(
+            f"{parameters / 1e6:.0f} M parameters, float32, {torch.get_num_threads()} cores; {len(work)} requests, "
+            f"{sum(len(item.prompt) for item in work)} prompt and {sum(item.output_tokens for item in work)} output "
+            f"tokens; useful tokens/s, median of {arguments.rounds} rounds (least, most)",
+            flush=True,
+        )
+        compare(folder, work, arguments.rounds)
         for tp in arguments.tp:
-            compare(Path(root), peer, tp, arguments.rounds)
+            report(folder, work, tp, arguments.rounds)
 
 
-def compare(folder: Path, peer: Transformers, tp: int, rounds: int) -> None:
-    """One server start, all comparisons of it."""
+def compare(folder: Path, work: Sequence[Work], rounds: int) -> None:
+    """tp 1 beside transformers, in turns, each with the same requests."""
+    peer = Transformers(folder)
+    with serving(folder, 1) as (alone, together):
+        runs = {
+            "transformers, one by one": peer.one_by_one,
+            "tpmodel tp 1, one by one": alone,
+            "transformers, padded batch": peer.padded_batch,
+            f"tpmodel tp 1, {len(work)} at once": together,
+        }
+        figures = measure(runs, work, rounds)
+    peer_alone, own_alone, peer_padded, own_together = (statistics.median(values) for values in figures.values())
+    print(f"  one by one: {own_alone / peer_alone:.2f}x (goal 0.95)")
+    print(f"  {len(work)} at once: {own_together / peer_alone:.2f}x of transformers one by one (goal 4), "
+          f"{own_together / peer_padded:.2f}x of its padded batch (goal 1)", flush=True)  # fmt: skip
+
+
+def report(folder: Path, work: Sequence[Work], tp: int, rounds: int) -> None:
+    """Another world size on the same cores, by itself."""
+    with serving(folder, tp) as (alone, together):
+        runs = {f"tpmodel tp {tp}, one by one": alone, f"tpmodel tp {tp}, {len(work)} at once": together}
+        measure(runs, work, rounds)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, tp: int) -> Iterator[tuple[Run, Run]]:
+    """A warm server; runs that send the requests one by one and all at once."""
     options = ["--dtype", "float32", "--no-prefix-cache", "--max-model-len", "1024", "--kv-cache-memory", "2Gi"]
-    alone, together = mixed_work(4, seed=1), mixed_work(16, seed=2)
-    figures: dict[str, list[float]] = {}
     with LocalServer(folder, tp=tp, device="cpu", options=options) as server:
 
-        def served(concurrency: int) -> Callable[[Sequence[Work]], None]:
+        def served(concurrency: int) -> Run:
             return lambda work: asyncio.run(serve_work(server.target, work, concurrency))
 
-        runs = {
-            "transformers, one by one": (peer.one_by_one, alone),
-            "tpmodel, one by one": (served(1), alone),
-            "transformers, padded batch of 16": (peer.padded_batch, together),
-            "tpmodel, 16 at once": (served(16), together),
-        }
         served(4)(mixed_work(4, seed=9))
-        for _ in range(rounds):
-            for name, (run, work) in runs.items():
-                figures.setdefault(name, []).append(useful_tokens_per_second(run, work))
-    print(f"\ntp {tp}: useful tokens/s, median of {rounds} (least, most)")
+        yield served(1), served(MOST_CONCURRENT)
+
+
+def measure(runs: Mapping[str, Run], work: Sequence[Work], rounds: int) -> dict[str, list[float]]:
+    """Takes turns, and prints a line for each run."""
+    figures: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            figures[name].append(useful_tokens_per_second(run, work))
     for name, values in figures.items():
         print(f"  {name:34} {statistics.median(values):8.1f} ({min(values):.1f}, {max(values):.1f})", flush=True)
-    median = {name: statistics.median(values) for name, values in figures.items()}
-    one = median["tpmodel, one by one"] / median["transformers, one by one"]
-    many = median["tpmodel, 16 at once"] / median["transformers, one by one"]
-    padded = median["tpmodel, 16 at once"] / median["transformers, padded batch of 16"]
-    print(f"  batch 1: {one:.2f}x (goal 0.95); 16 at once: {many:.2f}x of one by one (goal 4), "
-          f"{padded:.2f}x of the padded batch (goal 1)", flush=True)  # fmt: skip
+    return figures
 
 
 if __name__ == "__main__":
