@@ -102,3 +102,6 @@ class Observed:
     """By gang; shown in status only."""
     volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Access modes of the PersistentVolumeClaims that the spec names, by claim; a missing one is absent."""
+    tokens_missing: frozenset[str] = frozenset()
+    """Gangs whose token Secret is gone though a container may have read it: one restart, cause TokenLost. The Secret
+    is made again after the status is written and before the actions; while a restart is under way it says nothing."""
