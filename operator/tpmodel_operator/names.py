@@ -29,7 +29,7 @@ CONTROL_PORT = 9001
 HEALTH_PORT = 9002
 METRICS_PORT = 9003
 
-TOKEN_KEY = "token"
+TOKEN_KEY = "token"  # noqa: S105 - the name of a key
 ATTEMPT_KEY = "attempt"
 
 
