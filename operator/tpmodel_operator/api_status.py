@@ -1,0 +1,154 @@
+"""The status of a TPModel: what the operator found and did, as users and the operator's next pass read it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tpmodel_operator.api_types import Message, StatusModel, StatusText, keyed_by
+
+
+class Condition(StatusModel):
+    """A metav1.Condition."""
+
+    type: StatusText
+    """Accepted, Ready, Progressing, Degraded, Stalled or UpgradeAvailable."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether the condition holds."""
+    reason: StatusText
+    """One CamelCase word for programs."""
+    message: Message = ""
+    """For people: what is the case, and what to do about it."""
+    last_transition_time: StatusText
+    """When status last changed, RFC 3339."""
+    observed_generation: int = 0
+    """metadata.generation that this was decided from."""
+
+
+class GangPod(StatusModel):
+    """One pod of a gang, as last seen."""
+
+    name: StatusText
+    """Name of the pod; ends in its ordinal, 0 is the leader pod."""
+    uid: StatusText
+    """UID: a pod made again under the same name has another."""
+    ready: bool = False
+    """Whether the pod is Ready."""
+    node: StatusText = ""
+    """Node that it is bound to."""
+
+
+class HandledEnd(StatusModel):
+    """The ends of a pod's container up to restartCount have been answered by a restart."""
+
+    uid: StatusText
+    """UID of the pod."""
+    restart_count: int
+    """The container's restartCount up to which nothing is left to do."""
+
+
+class LastRestart(StatusModel):
+    """The latest coordinated restart."""
+
+    cause: StatusText
+    """Why all pods of the gang were made again."""
+    exit_code: int | None = None
+    """Exit code of the container that caused it, if one did."""
+    time: StatusText
+    """When it was decided, RFC 3339."""
+    attempt: int
+    """The attempt that it began."""
+
+
+class Restart(StatusModel):
+    """A coordinated restart under way: written before any pod is deleted."""
+
+    attempt: int
+    """The new attempt."""
+    cause: StatusText
+    """Why all pods of the gang are made again."""
+    exit_code: int | None = None
+    """Exit code of the container that caused it, if one did."""
+    doomed: Annotated[list[StatusText], Field(max_length=1024)] = []
+    """UIDs of pods of older attempts; any other pod of the gang is of the new one."""
+    not_before: StatusText = ""
+    """End of the backoff, RFC 3339: no pod is deleted before."""
+    started: StatusText = ""
+    """When it was decided, RFC 3339."""
+
+
+class GangStatus(StatusModel):
+    """One gang: the pods that serve one copy of the model."""
+
+    name: StatusText
+    """Name of its StatefulSet, and value of the label tpmodel.dev/gang."""
+    index: int
+    """Number of the gang within the TPModel."""
+    revision: StatusText
+    """Hash of the spec and image that it was made from."""
+    attempt: int = 1
+    """Number of its set of pods: each coordinated restart raises it."""
+    epoch: int = 0
+    """Number of its world, as its leader reports it."""
+    phase: Literal["Pending", "Forming", "Loading", "Serving", "Rebuilding", "Draining", "Restarting", "Failed"] = (
+        "Pending"
+    )
+    """Where it is in its life."""
+    ready: bool = False
+    """Whether its leader pod takes requests."""
+    ready_ranks: int = 0
+    """Ranks that have joined its world."""
+    load_percent: int = 0
+    """How much of the weights is loaded."""
+    pods: Annotated[list[GangPod], Field(max_length=1024)] = []
+    """Its pods."""
+    restarts: int = 0
+    """Restarts that count against recovery.maxRestarts: reset after the stability window."""
+    restarts_total: int = 0
+    """Restarts since it was made."""
+    ready_since: StatusText = ""
+    """Since when it has been Ready, RFC 3339."""
+    last_restart: LastRestart | None = None
+    """The latest coordinated restart."""
+    restart: Restart | None = None
+    """The coordinated restart under way."""
+    handled: Annotated[list[HandledEnd], Field(max_length=1024)] = []
+    """Container ends that have been answered by a restart."""
+    image: StatusText = ""
+    """The resolved image that it was made with."""
+
+
+class TPModelStatus(StatusModel):
+    """What the operator found and did."""
+
+    observed_generation: int = 0
+    """metadata.generation that this status was decided from."""
+    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=keyed_by("type"))] = []
+    """Accepted: the spec can be served. Ready: enough gangs take requests. Progressing: gangs are being made or
+    replaced. Degraded: fewer gangs than wanted serve. Stalled: nothing will change without a change of the spec.
+    UpgradeAvailable: the operator's default image is newer than the one in use."""
+    replicas: int = 0
+    """Gangs that exist."""
+    ready_replicas: int = 0
+    """Gangs that take requests."""
+    updated_replicas: int = 0
+    """Gangs of the newest revision."""
+    ready: StatusText = ""
+    """Ready gangs out of wanted gangs, such as 1/2."""
+    selector: StatusText = ""
+    """Label selector of the leader pods: what a HorizontalPodAutoscaler counts, one pod a gang."""
+    restarts: int = 0
+    """Coordinated restarts of all gangs that exist."""
+    revision: StatusText = ""
+    """The newest revision: hash of spec and image."""
+    image: StatusText = ""
+    """The worker image in use, resolved once per rollout."""
+    model_revision: StatusText = ""
+    """The commit that model.revision was resolved to, once per rollout."""
+    url: StatusText = ""
+    """What gRPC clients in the cluster dial."""
+    state: StatusText = ""
+    """One word for the STATUS column."""
+    gangs: Annotated[list[GangStatus], Field(max_length=1000, json_schema_extra=keyed_by("name"))] = []
+    """Each gang."""

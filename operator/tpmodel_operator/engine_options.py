@@ -1,0 +1,50 @@
+"""The worker's engine options that a TPModel may set, and what their values look like.
+
+Values are strings in YAML and on the worker's command line (`--engine-option KEY=VALUE`); a typo is refused when the
+TPModel is applied, not minutes later by a pod.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpmodel_operator.api_types import must
+
+
+@dataclass(frozen=True, slots=True)
+class OptionShape:
+    """What a value must match, and how to say so."""
+
+    pattern: str
+    help: str
+
+
+_COUNT = OptionShape(r"^[1-9][0-9]{0,8}$", "a whole number of at least 1")
+_SIZE = OptionShape(r"^[0-9]{1,15}([.][0-9]{1,3})?([KMGT]i?)?$", "a size such as 500M or 2Gi")
+_FLAG = OptionShape("^(true|false)$", "'true' or 'false', in quotes")
+_SECONDS = OptionShape(r"^[0-9]{1,6}([.][0-9]{1,3})?$", "seconds, such as 30")
+
+ENGINE_OPTIONS: dict[str, OptionShape] = {
+    "max_num_seqs": _COUNT,
+    "max_num_batched_tokens": _COUNT,
+    "block_size": OptionShape("^([1-9][0-9]?|1[0-9][0-9]|2[0-4][0-9]|25[0-6])$", "a whole number from 1 to 256"),
+    "kv_cache_memory": _SIZE,
+    "prefix_cache": _FLAG,
+    "queue_limit": _COUNT,
+    "api_processes": OptionShape("^([1-9]|[1-5][0-9]|6[0-4])$", "a whole number from 1 to 64"),
+    "communicator": OptionShape("^(auto|shared_memory|gloo|nccl)$", "auto, shared_memory, gloo or nccl"),
+    "step_deadline": _SECONDS,
+    "dummy_seed": OptionShape("^[0-9]{1,18}$", "a whole number"),
+}
+
+OPTION_RULES = (
+    must(
+        "self.all(key, key in [" + ", ".join(f"'{name}'" for name in ENGINE_OPTIONS) + "])",
+        "engine options are " + ", ".join(ENGINE_OPTIONS),
+    ),
+    *(
+        must(f"!('{name}' in self) || self['{name}'].matches('{shape.pattern}')", f"{name}: write {shape.help}")
+        for name, shape in ENGINE_OPTIONS.items()
+    ),
+)
+"""CEL rules of the map engineOptions."""
