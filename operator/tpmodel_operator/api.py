@@ -26,7 +26,16 @@ from tpmodel_operator.api_spec import (
     ServiceSpec,
     TPModelSpec,
 )
-from tpmodel_operator.api_status import Condition, GangPod, GangStatus, HandledEnd, LastRestart, Restart, TPModelStatus
+from tpmodel_operator.api_status import (
+    Condition,
+    Failure,
+    GangPod,
+    GangStatus,
+    HandledEnd,
+    LastRestart,
+    Restart,
+    TPModelStatus,
+)
 from tpmodel_operator.api_types import FreeForm, Model
 
 GROUP = "tpmodel.dev"
@@ -60,6 +69,7 @@ __all__ = [
     "Cache",
     "Condition",
     "EnvironmentVariable",
+    "Failure",
     "FreeForm",
     "GangPod",
     "GangStatus",

@@ -52,7 +52,9 @@ class LastRestart(StatusModel):
     """The latest coordinated restart."""
 
     cause: StatusText
-    """Why all pods of the gang were made again."""
+    """Why all pods of the gang were made again: one CamelCase word."""
+    message: StatusText = ""
+    """What was seen, with the pod's own words where it had any."""
     exit_code: int | None = None
     """Exit code of the container that caused it, if one did."""
     time: StatusText
@@ -67,7 +69,9 @@ class Restart(StatusModel):
     attempt: int
     """The new attempt."""
     cause: StatusText
-    """Why all pods of the gang are made again."""
+    """Why all pods of the gang are made again: one CamelCase word."""
+    message: StatusText = ""
+    """What was seen, with the pod's own words where it had any."""
     exit_code: int | None = None
     """Exit code of the container that caused it, if one did."""
     doomed: Annotated[list[StatusText], Field(max_length=1024)] = []
@@ -75,6 +79,23 @@ class Restart(StatusModel):
     not_before: StatusText = ""
     """End of the backoff, RFC 3339: no pod is deleted before."""
     started: StatusText = ""
+    """When it was decided, RFC 3339."""
+    began: StatusText = ""
+    """When its pods began to be deleted, RFC 3339: from then on doomed is final."""
+
+
+class Failure(StatusModel):
+    """Why a gang is Failed: it is left alone until the spec changes, or it becomes Ready by itself."""
+
+    reason: Literal["ConfigurationRefused", "BudgetSpent"]
+    """ConfigurationRefused: its container ended with 64. BudgetSpent: it has restarted recovery.maxRestarts times."""
+    cause: StatusText
+    """The cause of its last fault: one CamelCase word."""
+    message: StatusText = ""
+    """What was seen, with the pod's own words where it had any."""
+    exit_code: int | None = None
+    """Exit code of the container that caused it, if one did."""
+    time: StatusText
     """When it was decided, RFC 3339."""
 
 
@@ -87,6 +108,8 @@ class GangStatus(StatusModel):
     """Number of the gang within the TPModel."""
     revision: StatusText
     """Hash of the spec and image that it was made from."""
+    uid: StatusText = ""
+    """UID of its StatefulSet; empty until it has been seen."""
     attempt: int = 1
     """Number of its set of pods: each coordinated restart raises it."""
     epoch: int = 0
@@ -107,16 +130,24 @@ class GangStatus(StatusModel):
     """Restarts that count against recovery.maxRestarts: reset after the stability window."""
     restarts_total: int = 0
     """Restarts since it was made."""
+    formed: bool = False
+    """Whether all containers of this attempt have started; from then on losing one is a fault."""
     ready_since: StatusText = ""
     """Since when it has been Ready, RFC 3339."""
+    not_ready_since: StatusText = ""
+    """Since when it is no longer Ready, RFC 3339; empty before it has been Ready in this attempt."""
     last_restart: LastRestart | None = None
     """The latest coordinated restart."""
     restart: Restart | None = None
     """The coordinated restart under way."""
+    failure: Failure | None = None
+    """Why it is Failed."""
     handled: Annotated[list[HandledEnd], Field(max_length=1024)] = []
     """Container ends that have been answered by a restart."""
     image: StatusText = ""
     """The resolved image that it was made with."""
+    deadline_missed: bool = False
+    """Whether it has missed the formation deadline and has not been Ready since."""
 
 
 class TPModelStatus(StatusModel):
