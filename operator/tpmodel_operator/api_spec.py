@@ -96,8 +96,8 @@ VariableName = Annotated[
             must("!self.startsWith('TPMODEL_')", "names that begin with TPMODEL_ belong to the operator"),
             must(
                 "!(self in ['HF_TOKEN', 'HF_HOME', 'TRITON_CACHE_DIR', 'HOME'])",
-                "the operator sets this variable: a hub token goes into model.secretRef, the folder of downloads and "
-                "compiled kernels is chosen by cache",
+                "leave this variable out, the operator sets it: a hub token goes into model.secretRef, the folder of "
+                "downloads and compiled kernels into cache",
             ),
         ),
     ),

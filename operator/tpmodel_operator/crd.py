@@ -151,6 +151,8 @@ class _Flattening:
 def _keywords(node: Schema) -> Schema:
     kept = {key: value for key, value in node.items() if key in _ORDER or key.startswith("x-kubernetes-")}
     kept.pop("default", None)
+    if "const" in node:
+        kept["enum"] = [node["const"]]
     if "description" in kept:
         kept["description"] = " ".join(kept["description"].split())
     return kept
