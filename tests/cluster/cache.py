@@ -1,0 +1,45 @@
+"""Where everything that outlives a cluster is kept: programs and images, by version or content."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def folder() -> Path:
+    """`$TPMODEL_CACHE`, else ~/.cache/tpmodel."""
+    chosen = os.environ.get("TPMODEL_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "tpmodel"
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """One process at a time makes what `name` stands for; the others wait and then find it made."""
+    path = folder() / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def content_key(parts: Iterable[str | bytes]) -> str:
+    """A short name for content: equal for equal parts in equal order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()[:12]
+
+
+def files_key(root: Path, files: Iterable[Path], *more: str) -> str:
+    """`content_key` of files' names (relative to `root`), modes' executable bit and contents."""
+    parts: list[str | bytes] = list(more)
+    for file in sorted(files):
+        executable = "x" if os.access(file, os.X_OK) else "-"
+        parts += [f"{file.relative_to(root)} {executable}", file.read_bytes()]
+    return content_key(parts)

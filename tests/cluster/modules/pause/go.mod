@@ -1,0 +1,3 @@
+module tpmodel.dev/pause
+
+go 1.24.0
