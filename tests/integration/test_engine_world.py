@@ -22,40 +22,19 @@ from support.fake_rank import (
     hangs,
     until,
 )
+from support.whole_engine import ATTEMPT, TIMEOUTS, engine_settings, register, request, until_phase
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_worker.auth import token_metadata
-from tpmodel_worker.engine.pool import PoolTimeouts
-from tpmodel_worker.engine.requests import RefusedError, Request
+from tpmodel_worker.engine.requests import RefusedError
 from tpmodel_worker.engine.service import Engine
 from tpmodel_worker.settings import ServeSettings
 
-TIMEOUTS = PoolTimeouts(drain=0.5, ping=0.3, clear=5.0, shutdown=1.0, close=0.2)
-ATTEMPT = 3
 FIRST_EPOCH = (ATTEMPT << 32) | 1
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> ServeSettings:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    (model / "model.safetensors").write_bytes(b"")
-    return ServeSettings(
-        model_path=str(model),
-        model_id="model-1",
-        served_name="model",
-        dtype="float32",
-        max_model_len=256,
-        world_size=2,
-        attempt=ATTEMPT,
-        token=TOKEN,
-        control_port=0,
-        max_num_seqs=8,
-        step_deadline=0.5,
-        init_timeout=5.0,
-        progress_deadline=5.0,
-        runtime_dir=str(tmp_path),
-    )
+    return engine_settings(tmp_path)
 
 
 @pytest.fixture
@@ -70,28 +49,6 @@ async def engine(settings: ServeSettings) -> AsyncIterator[Engine]:
     await made.start()
     yield made
     await made.stop()
-
-
-async def register(engine: Engine, request: worker_pb2.RegisterRequest, token: str = TOKEN) -> str:
-    """What a supervisor does; returns the engine's instance id."""
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.control_port}") as channel:
-        stub: worker_pb2_grpc.GangServiceAsyncStub = worker_pb2_grpc.GangServiceStub(channel)
-        response = await stub.Register(request, metadata=token_metadata(token), timeout=5.0)
-    return response.instance_id
-
-
-async def until_phase(engine: Engine, phase: worker_pb2.Phase.ValueType) -> worker_pb2.EngineState:
-    await until(lambda: engine.status.phase == phase)
-    return engine.status.state
-
-
-def request(key: int = 1) -> Request:
-    return Request(
-        key=(1, key),
-        request_id="r",
-        prompt_token_ids=[1, 2, 3],
-        sampling=worker_pb2.SlotSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=100, logprobs=-1),
-    )
 
 
 async def test_world_is_taken_through_every_step_in_order(
@@ -385,6 +342,7 @@ async def test_drain_while_forming_leaves_nothing_open(engine: Engine, gang: Fak
 
 
 async def test_pod_that_gets_sigterm_drains_the_gang(engine: Engine, gang: FakeGang) -> None:
+    await register(engine, gang.registration(attempt=ATTEMPT))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.control_port}") as channel:
         stub: worker_pb2_grpc.GangServiceAsyncStub = worker_pb2_grpc.GangServiceStub(channel)
         await stub.Drain(worker_pb2.DrainRequest(pod_uid="local"), metadata=token_metadata(TOKEN), timeout=5.0)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from support.rank_gang import RankGang
 
 PROMPT = [5, 6, 7, 8, 9]
+FIRST_EPOCH = (1 << 32) | 1
+"""Of attempt 1, which the pod is of."""
 # A rank that was forked from an interpreter with torch in it is up in far less than an import takes.
 FORK_SECONDS = 1.2
 
@@ -87,7 +89,7 @@ async def test_a_respawned_rank_serves_from_the_memory_that_the_supervisor_held(
         block_size=8,
         kv_cache_bytes=4 << 20,
     )
-    world = new_world(pod, epoch=1)
+    world = new_world(pod, FIRST_EPOCH)
     loaded = await world.build(load)
     tokens = await generate(world)
     victim = pod.pid_of("rank 1")
@@ -98,10 +100,10 @@ async def test_a_respawned_rank_serves_from_the_memory_that_the_supervisor_held(
     shutil.rmtree(checkpoint)
 
     with pod.service() as stub:
-        request = pb.RespawnRequest(rank=1, epoch=2)
+        request = pb.RespawnRequest(rank=1, epoch=FIRST_EPOCH + 1)
         started = stub.Respawn(request, timeout=60, metadata=METADATA).started
     pod.eventually(lambda: pod.events("register")[-1]["ports"][1] == started.port, "the new rank is registered")
-    world = new_world(pod, epoch=2)
+    world = new_world(pod, FIRST_EPOCH + 1)
     again = await world.build(load)
 
     assert await generate(world) == tokens
@@ -118,7 +120,7 @@ async def test_a_respawned_rank_serves_from_the_memory_that_the_supervisor_held(
 def test_a_forked_rank_needs_no_import_of_its_own(pod: Supervised) -> None:
     Ranks(pod)
     with pod.service() as stub:
-        stub.Respawn(pb.RespawnRequest(rank=0, epoch=1), timeout=60, metadata=METADATA)
+        stub.Respawn(pb.RespawnRequest(rank=0, epoch=FIRST_EPOCH), timeout=60, metadata=METADATA)
         process = psutil.Process(pod.pid_of("rank 0"))
         cpu = process.cpu_times()
 

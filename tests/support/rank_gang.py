@@ -47,6 +47,7 @@ class RankGang:
             world_size=world_size,
             device="cuda" if device == "cuda" else "cpu",
             token=self.token,
+            attempt=0,  # its ranks take epochs from 1 on
             runtime_dir=str(folder),
             log_format="text",
         )

@@ -30,14 +30,30 @@ class ServeSettings:
     max_model_len: int = 0
     """Tokens of prompt and output together; the supervisor fills 0 in from config.json."""
 
+    model_uri: str = ""
+    """Where the model comes from, as users name it; hf://... is downloaded by the supervisor into cache_dir."""
+    model_revision: str = ""
+    """Branch, tag or commit of an hf:// model."""
+    cache_dir: str = ""
+    """Folder that may be shared with other pods and outlives them: downloads."""
+
     # The gang.
     world_size: int = 1
+    ranks_per_pod: int = 0
+    """0: all ranks are in one pod."""
+    pod_index: int = 0
+    """0 is the leader pod, which has the engine and faces the clients."""
     device: Device = "cpu"
     communicator: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    recovery_mode: Literal["Restart"] = "Restart"
+    """What a fault of the serving world does: every pod ends with 75, and the gang is started again."""
     attempt: int = 1
     pod_uid: str = "local"
+    pod_name: str = "local"
     address: str = "127.0.0.1"
     """IP of this pod, where its rank, supervisor and store ports listen."""
+    leader_host: str = ""
+    """Name or IP of the leader pod, for the other pods."""
     token: str = ""
     """The gang's secret; the supervisor draws one where it was given none."""
 
@@ -63,12 +79,17 @@ class ServeSettings:
     api_processes: int = 1
     api_key: str = ""
     """When set, clients must send it as a bearer token."""
+    tls_dir: str = ""
+    """Folder with tls.crt and tls.key: the ports for clients speak TLS; empty: plain text."""
 
     # Deadlines, seconds.
     drain_timeout: float = 120.0
+    """From the order to drain to the end of the last stream."""
+    endpoint_propagation: float = 0.0
+    """How long a draining leader still takes new requests: others learn only then that it is not ready."""
     init_timeout: float = 60.0
     progress_deadline: float = 600.0
-    """A load that makes no progress for this long ends the pod with 75."""
+    """A download or load that makes no progress for this long ends the pod."""
     step_deadline: float = 30.0
     """Least time a step may take before it counts as hung."""
 
@@ -76,6 +97,22 @@ class ServeSettings:
     runtime_dir: str = ""
     """Short-lived folder of this pod: Unix sockets, metrics files."""
     log_format: Literal["auto", "json", "text"] = "auto"
+
+    @property
+    def ranks_here(self) -> range:
+        """The ranks of this pod."""
+        count = self.ranks_per_pod or self.world_size
+        return range(self.pod_index * count, min((self.pod_index + 1) * count, self.world_size))
+
+    @property
+    def pods(self) -> int:
+        """Of the gang."""
+        return max(1, -(-self.world_size // (self.ranks_per_pod or self.world_size or 1)))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the leader pod."""
+        return self.pod_index == 0
 
     @property
     def front_socket(self) -> Path:

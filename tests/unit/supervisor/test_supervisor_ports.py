@@ -7,8 +7,9 @@ import socket
 
 import pytest
 
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.settings import ServeSettings
-from tpmodel_worker.supervisor.ports import PortError, join_host_port, reserved_ports
+from tpmodel_worker.supervisor.ports import PortError, reserved_ports
 
 NAMES = ("port", "http_port", "control_port", "health_port", "metrics_port")
 

@@ -107,8 +107,11 @@ class EngineLink:
 
     @property
     def serving(self) -> bool:
-        """Whether a request would run now, as health checks report it."""
-        return not self.closing and self.state is not None and self.state.phase == worker_pb2.PHASE_SERVING
+        """Whether requests should come here, as health checks report it."""
+        state = self.state
+        if self.closing or state is None or state.leaving:
+            return False
+        return state.phase == worker_pb2.PHASE_SERVING
 
     def check_accepting(self) -> worker_pb2.EngineState:
         """The engine's state, if it takes requests; otherwise raises UNAVAILABLE (W22)."""

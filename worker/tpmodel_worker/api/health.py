@@ -14,7 +14,7 @@ _Response = health_pb2.HealthCheckResponse
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Answers for "" and the inference service: SERVING while a request would run now."""
+    """Answers for "" and the inference service: SERVING while requests should come here."""
 
     def __init__(self, link: EngineLink) -> None:
         self._link = link

@@ -114,12 +114,12 @@ class GlooCommunicator(Communicator):
 
 
 def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting) -> GlooCommunicator:
-    """Connects to all ranks, on the one interface that leads to the rendezvous.
+    """Connects to all ranks, and listens on the pod's own address only: Gloo asks nobody for a token.
 
     Raises:
         CommunicatorError: a rank could not be connected to.
     """
-    address = _own_address(spec.rendezvous)
+    address = spec.address or _own_address(spec.rendezvous)
     # Not in torch's stubs; without devices of its own Gloo listens where the host's name leads.
     options: Any = cast("Any", ProcessGroupGloo)._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]

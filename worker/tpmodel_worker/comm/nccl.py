@@ -24,6 +24,7 @@ from tpmodel_worker.comm.communicator import (
     CommunicatorAbortedError,
     CommunicatorError,
 )
+from tpmodel_worker.comm.interfaces import interface_of
 from tpmodel_worker.comm.meeting import Meeting
 from tpmodel_worker.comm.specification import CommunicatorSpec
 from tpmodel_worker.comm.torch_group import TorchGroup
@@ -120,7 +121,7 @@ def build_nccl(spec: CommunicatorSpec, *, device: torch.device, meeting: Meeting
     """
     if device.index is None:
         raise CommunicatorError(f"device {device} has no index: a rank names its device, for example cuda:0")
-    _set_environment(meeting.remaining())
+    _set_environment(meeting.remaining(), spec.address)
     torch.cuda.set_device(device)
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=spec.deadline_seconds)
@@ -169,8 +170,14 @@ def _connect(communicator: NcclCommunicator, meeting: Meeting) -> None:
         raise CommunicatorError(f"a sum of ones over {communicator.world_size} ranks gave {observed}")
 
 
-def _set_environment(timeout_seconds: float) -> None:
+def _set_environment(timeout_seconds: float, address: str) -> None:
     """torch reads these when a group is made: no thread of its own may end the process or dump its state."""
+    if address:
+        # NCCL's sockets ask nobody for a token, so they listen on the pod's interface only. "=": exactly this name.
+        interface = interface_of(address)
+        if interface is None:
+            raise CommunicatorError(f"{address} is on no network interface here")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
     os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] = "0"

@@ -13,7 +13,7 @@ CommunicatorKind = Literal["single", "shared_memory", "gloo", "nccl"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommunicatorSpec:
-    """One rank's part of one world; all but rank is the same on every rank."""
+    """One rank's part of one world; all but rank and address is the same on every rank."""
 
     epoch: int
     rank: int
@@ -28,6 +28,9 @@ class CommunicatorSpec:
     """Pod of every rank, by rank."""
     kind: str = "auto"
     """auto, shared_memory, gloo or nccl."""
+    address: str = ""
+    """IP of this rank's pod: what a communicator listens on is reachable there only. Empty: where the way to the
+    rendezvous begins."""
     deadline_seconds: float = 60.0
     """How long a collective may wait for a peer."""
 

@@ -12,8 +12,15 @@ from typing import Literal
 import grpc
 
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.attempts import attempt_of, epoch_floor
 from tpmodel_worker.engine.checkpoint import Checkpoint, read_checkpoint
-from tpmodel_worker.engine.errors import ConfigurationError, PoolError, RankFailure, WrongRankError
+from tpmodel_worker.engine.errors import (
+    ConfigurationError,
+    PoolError,
+    RankFailure,
+    StaleAttemptError,
+    WrongRankError,
+)
 from tpmodel_worker.engine.exchange import Patience
 from tpmodel_worker.engine.members import Membership
 from tpmodel_worker.engine.plans import PlanTimes
@@ -27,7 +34,6 @@ logger = logging.getLogger(__name__)
 _STATUS_SECONDS = 5.0
 _JOIN_GRACE_SECONDS = 5.0
 """What the engine waits beyond the time that ranks have to join: they say best themselves what failed."""
-_EPOCH_BITS = 32
 
 Stage = Literal["join", "load"]
 
@@ -66,7 +72,7 @@ class WorldBuilder:
         self._wake = wake
         self._timeouts = timeouts
         self._times = PlanTimes(settings.step_deadline)
-        self._last_epoch = settings.attempt << _EPOCH_BITS
+        self._last_epoch = epoch_floor(settings.attempt)
 
     async def build(self, membership: Membership) -> BuiltWorld:
         """Takes every rank through the build. Raises BuildError or ConfigurationError, with nothing left open."""
@@ -110,9 +116,9 @@ class WorldBuilder:
             if isinstance(answer, worker_pb2.GetStatusResponse):
                 highest = max(highest, answer.epoch)
                 self._status.set_device(answer.rank, answer.device)
-        if highest >> _EPOCH_BITS != self._settings.attempt:
-            message = f"a rank has seen attempt {highest >> _EPOCH_BITS}; this engine is of {self._settings.attempt}"
-            raise BuildError("join", PoolError("the engine is outdated", engine=RuntimeError(message)))
+        if (seen := attempt_of(highest)) != self._settings.attempt:
+            message = f"a rank has seen attempt {seen}, this engine is of attempt {self._settings.attempt}"
+            raise BuildError("join", PoolError("the engine is outdated", engine=StaleAttemptError(message)))
         return highest + 1
 
     async def _join(self, pool: Pool, membership: Membership) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import AsyncIterator
+from typing import NoReturn, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -12,48 +14,118 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
+from tpmodel_worker import attempts
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.auth import TokenInterceptor
-from tpmodel_worker.engine.members import Members, RegistrationError
+from tpmodel_worker.engine.members import Members, OtherAttemptError, OtherModelError, RegistrationError
+from tpmodel_worker.engine.status import EngineStatus
 
 logger = logging.getLogger(__name__)
 
 GANG_SERVICE = "tpmodel.v1.GangService"
+_FOLLOW_SECONDS = 1.0
+"""Followers hear of a new phase at once, of anything else this often."""
+_OPTIONS = (
+    # Supervisors find by keepalive that their leader's machine is gone, also while they say nothing.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+)
+
+
+class Gang(Protocol):
+    """What the service tells the engine."""
+
+    def members_changed(self) -> None:
+        """A registration brought something new."""
+        ...
+
+    def pod_drains(self, name: str) -> None:
+        """A pod of the gang got SIGTERM."""
+        ...
+
+    def give_way(self, attempt: int) -> None:
+        """The gang is at a higher attempt than this engine."""
+        ...
 
 
 class GangService(worker_pb2_grpc.GangServiceServicer):
-    """Takes registrations and the news that a pod ends."""
+    """Takes registrations and the news that a pod ends, and shows pods the engine's state."""
 
-    def __init__(
-        self, instance_id: str, members: Members, on_change: Callable[[], None], on_drain: Callable[[], None]
-    ) -> None:
-        """on_change: a registration brought something new; on_drain: a pod got SIGTERM."""
-        self._instance_id = instance_id
+    def __init__(self, members: Members, status: EngineStatus, gang: Gang, *, attempt: int, model_path: str) -> None:
+        """attempt, model_path: this engine's, for pods whose own differ."""
         self._members = members
-        self._on_change = on_change
-        self._on_drain = on_drain
+        self._status = status
+        self._gang = gang
+        self._attempt = attempt
+        self._model_path = model_path
 
     async def Register(  # noqa: N802
         self, request: worker_pb2.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.RegisterResponse:
-        """Takes a pod's ranks; FAILED_PRECONDITION for another attempt, or ranks that can't be."""
+        """Takes a pod's ranks; FAILED_PRECONDITION for another attempt, another checkpoint, ranks that can't be."""
         try:
             changed = self._members.register(request)
         except RegistrationError as error:
-            logger.warning("refused the registration of pod %s: %s", request.pod_uid, error)
-            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await self._refuse(request, error, context)
         if changed:
             ranks = ", ".join(str(entry.rank) for entry in request.ranks) or "none"
-            logger.info("pod %s registered, ranks: %s", request.pod_uid, ranks, extra={"pod": request.pod_uid})
-            self._on_change()
-        return worker_pb2.RegisterResponse(instance_id=self._instance_id)
+            name = self._members.pod_name(request.pod_uid)
+            logger.info("pod %s registered, ranks: %s", name, ranks, extra={"pod": request.pod_uid})
+            self._gang.members_changed()
+        return worker_pb2.RegisterResponse(instance_id=self._status.state.instance_id)
+
+    async def Follow(  # noqa: N802
+        self, request: worker_pb2.FollowRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.EngineState]:
+        """The engine's state, until one side goes away."""
+        changed, phase_changed = asyncio.Event(), asyncio.Event()
+        sent = worker_pb2.EngineState()
+
+        def note(state: worker_pb2.EngineState) -> None:
+            changed.set()
+            if (state.phase, state.leaving) != (sent.phase, sent.leaving):
+                phase_changed.set()
+
+        stop_listening = self._status.listen(note)
+        try:
+            while True:
+                changed.clear()
+                phase_changed.clear()
+                # A copy: the live state would change while it is being written.
+                sent.CopyFrom(self._status.state)
+                yield sent
+                await changed.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(phase_changed.wait(), _FOLLOW_SECONDS)
+        finally:
+            stop_listening()
 
     async def Drain(  # noqa: N802
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DrainResponse:
         """Begins the drain of the gang and returns at once."""
-        logger.info("pod %s drains", request.pod_uid, extra={"pod": request.pod_uid})
-        self._on_drain()
+        # A pod of an older attempt, which finds the new leader under the same name, could never register.
+        if not self._members.has_pod(request.pod_uid):
+            message = f"pod {request.pod_uid} is not of this gang: it drains nothing"
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, message)
+        name = self._members.pod_name(request.pod_uid)
+        logger.info("pod %s drains", name, extra={"pod": request.pod_uid})
+        self._gang.pod_drains(name)
         return worker_pb2.DrainResponse()
+
+    async def _refuse(
+        self, request: worker_pb2.RegisterRequest, error: RegistrationError, context: grpc.aio.ServicerContext
+    ) -> NoReturn:
+        """Says which of the two is outdated, so that whoever it is can end."""
+        logger.warning("refused the registration of pod %s: %s", request.pod_name or request.pod_uid, error)
+        metadata: tuple[tuple[str, str], ...] = ()
+        if isinstance(error, OtherAttemptError):
+            metadata = ((attempts.METADATA, str(self._attempt)),)
+            if error.attempt > self._attempt:
+                self._gang.give_way(error.attempt)
+        elif isinstance(error, OtherModelError):
+            metadata = ((attempts.MODEL_PATH_METADATA, self._model_path),)
+        await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error), metadata)
 
 
 async def start_control_server(
@@ -63,18 +135,21 @@ async def start_control_server(
 
     Raises RuntimeError when the port can't be had.
     """
-    server = grpc.aio.server(interceptors=[TokenInterceptor(token, open_prefixes=("/grpc.health.v1.",))])
+    interceptor = TokenInterceptor(token, open_prefixes=("/grpc.health.v1.",))
+    server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
     worker_pb2_grpc.add_GangServiceServicer_to_server(service, server)
     servicer = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     for name in ("", GANG_SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection((GANG_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
-    bound = server.add_insecure_port(f"{address}:{port}")
+    bound = server.add_insecure_port(join_host_port(address, port))
     await server.start()
     return server, bound
 
 
-async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
-    await context.abort(code, message)
+async def _abort(
+    context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str, metadata: tuple[tuple[str, str], ...] = ()
+) -> NoReturn:
+    await context.abort(code, message, metadata)
     raise AssertionError("abort always raises")

@@ -35,6 +35,10 @@ class StepDeadlineError(Exception):
     """Ranks have not finished a plan in the time that it may take."""
 
 
+class StaleAttemptError(Exception):
+    """The gang is at a higher attempt than this engine."""
+
+
 class ConfigurationError(Exception):
     """What was asked for can't work, however often it is tried: a person has to change something."""
 
@@ -111,6 +115,7 @@ _FAULT_KINDS: dict[type[Exception], str] = {
     ChecksumError: "checksum",
     ProtocolError: "protocol",
     SanityCheckError: "sanity_check",
+    StaleAttemptError: "stale_attempt",
     StepDeadlineError: "step_deadline",
     TimeoutError: "deadline",
     WrongRankError: "wrong_rank",

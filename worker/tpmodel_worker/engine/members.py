@@ -13,6 +13,19 @@ class RegistrationError(Exception):
     """A pod that can't belong to this gang."""
 
 
+class OtherAttemptError(RegistrationError):
+    """A pod of another attempt of this gang."""
+
+    def __init__(self, message: str, attempt: int) -> None:
+        super().__init__(message)
+        self.attempt = attempt
+        """The pod's."""
+
+
+class OtherModelError(RegistrationError):
+    """A pod with another checkpoint: its ranks would compute something else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
     """A complete gang: every rank's address, by rank, and the store that they meet at."""
@@ -24,6 +37,7 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class _Pod:
+    name: str
     endpoints: tuple[RankEndpoint, ...]
     rendezvous: str
 
@@ -31,9 +45,11 @@ class _Pod:
 class Members:
     """The latest registration of every pod. Its version rises with each change."""
 
-    def __init__(self, world_size: int, attempt: int) -> None:
+    def __init__(self, world_size: int, attempt: int, model_path: str = "") -> None:
+        """model_path: the checkpoint folder that every pod must have; "": any."""
         self._world_size = world_size
         self._attempt = attempt
+        self._model_path = model_path
         self._pods: dict[str, _Pod] = {}
         self._changed = asyncio.Event()
         self.version = 0
@@ -41,9 +57,10 @@ class Members:
     def register(self, request: worker_pb2.RegisterRequest) -> bool:
         """Takes a pod's registration; True when it changes anything. Raises RegistrationError."""
         if request.attempt != self._attempt:
-            raise RegistrationError(
-                f"this engine is of attempt {self._attempt}, the pod is of attempt {request.attempt}"
-            )
+            message = f"this engine is of attempt {self._attempt}, the pod is of attempt {request.attempt}"
+            raise OtherAttemptError(message, request.attempt)
+        if self._model_path and request.model_path not in ("", self._model_path):
+            raise OtherModelError(f"this gang serves {self._model_path}, the pod has {request.model_path}")
         beyond = [str(rank.rank) for rank in request.ranks if rank.rank >= self._world_size]
         if beyond:
             raise RegistrationError(f"rank {', '.join(beyond)} is outside a world of {self._world_size}")
@@ -53,7 +70,7 @@ class Members:
         )
         if len({endpoint.rank for endpoint in endpoints}) != len(endpoints):
             raise RegistrationError("a rank is named twice")
-        pod = _Pod(endpoints, request.rendezvous)
+        pod = _Pod(request.pod_name or request.pod_uid, endpoints, request.rendezvous)
         if self._pods.get(request.pod_uid) == pod:
             return False
         # The pod that a rank moved away from is gone, even if nobody has said so.
@@ -65,6 +82,15 @@ class Members:
         self.version += 1
         self._changed.set()
         return True
+
+    def has_pod(self, uid: str) -> bool:
+        """Whether a pod is registered."""
+        return uid in self._pods
+
+    def pod_name(self, uid: str) -> str:
+        """What people call a pod; of one that is gone, its UID."""
+        pod = self._pods.get(uid)
+        return pod.name if pod is not None else uid
 
     @property
     def endpoints(self) -> dict[int, RankEndpoint]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from typing import ClassVar
 
@@ -42,7 +43,7 @@ class Engine:
         self.instance_id = uuid.uuid4().hex
         self.status = EngineStatus(self.instance_id, settings.world_size, settings.model_id, settings.max_model_len)
         self._wake = asyncio.Event()
-        self._members = Members(settings.world_size, settings.attempt)
+        self._members = Members(settings.world_size, settings.attempt, settings.model_path)
         self._front = Front(settings.front_socket, self, self.status)
         self.world = World(
             settings,
@@ -54,6 +55,7 @@ class Engine:
             metrics=EngineMetrics(),
         )
         self._link = SupervisorLink(settings.report_socket, self.status, self.drain)
+        self._refusing = False
         self._control: grpc.aio.Server | None = None
         self._world_task: asyncio.Task[None] | None = None
         self._link_task: asyncio.Task[None] | None = None
@@ -65,7 +67,7 @@ class Engine:
         settings = self._settings
         await self._front.start()
         service = GangService(
-            self.instance_id, self._members, self._show_members, lambda: self.drain(settings.drain_timeout)
+            self._members, self.status, self, attempt=settings.attempt, model_path=settings.model_path
         )
         self._control, self.control_port = await start_control_server(
             settings.address, settings.control_port, settings.token, service
@@ -87,10 +89,29 @@ class Engine:
         finally:
             stopping.cancel()
 
-    def drain(self, timeout: float) -> None:
-        """Refuses new requests from now on, and ends the world once running ones are done or time is up."""
+    def drain(self, timeout: float, cause: str = "") -> None:
+        """Ends the world once running requests are done or time is up.
+
+        New ones are taken until others can know that they should go elsewhere (endpoint_propagation), then refused.
+        """
         if self._drain_task is None:
-            self._drain_task = asyncio.create_task(self._drain(timeout), name="drain")
+            self._drain_task = asyncio.create_task(self._drain(timeout, cause), name="drain")
+
+    def pod_drains(self, name: str) -> None:
+        """A pod of the gang got SIGTERM: the gang drains as a whole, since no world is without its ranks."""
+        self.drain(self._settings.drain_timeout, f"pod {name} drains")
+
+    def give_way(self, attempt: int) -> None:
+        """The gang is at a higher attempt: this engine must not serve beside its successor, and says so."""
+        message = f"the gang is at attempt {attempt}, this engine is of attempt {self._settings.attempt}"
+        self.world.fail_as_stale(message)
+
+    def members_changed(self) -> None:
+        """A registration brought something new."""
+        self.status.set_members(
+            worker_pb2.RankState(rank=endpoint.rank, pid=endpoint.pid, pod=endpoint.pod, state="connected")
+            for endpoint in self._members.endpoints.values()
+        )
 
     async def stop(self) -> None:
         """Ends everything at once: requests fail, ranks hear Bye. Bounded, idempotent."""
@@ -110,7 +131,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Takes a request of an api process. Raises RefusedError."""
-        if self._drain_task is not None:
+        if self._refusing:
             raise UnavailableError("draining: this gang takes no new requests")
         if self.world.loop is None:
             state = self.status.state
@@ -124,17 +145,23 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------- ends
 
-    async def _drain(self, timeout: float) -> None:
-        logger.info("draining: running requests have %.0f s", timeout)
+    async def _drain(self, timeout: float, cause: str) -> None:
+        logger.info("draining: running requests have %.0f s", timeout, extra={"cause": cause})
+        end = time.monotonic() + timeout
+        propagation = min(self._settings.endpoint_propagation, timeout)
+        if self.world.loop is not None and propagation:
+            self.status.set_leaving(cause)
+            await asyncio.sleep(propagation)
+        self._refusing = True
         if self.status.phase != worker_pb2.PHASE_FAILED:
-            self.status.set_phase(worker_pb2.PHASE_DRAINING)
+            self.status.set_phase(worker_pb2.PHASE_DRAINING, cause=cause)
         loop = self.world.loop
-        if loop is not None and not await loop.idle(timeout):
+        if loop is not None and not await loop.idle(end - time.monotonic()):
             logger.warning("the drain's %.0f s are over: ending what still runs", timeout)
             loop.fail_all("draining: the gang's time is up")
         await self._end_world()
         if self.status.phase != worker_pb2.PHASE_FAILED:
-            self.status.set_phase(worker_pb2.PHASE_DRAINED)
+            self.status.set_phase(worker_pb2.PHASE_DRAINED, cause=cause)
 
     async def _end_world(self) -> None:
         """Stops serving, or forming; the ranks hear Bye."""
@@ -147,9 +174,3 @@ class Engine:
             task.cancel()
         await asyncio.wait([task], timeout=_CLOSE_SECONDS)
         await self.world.close()
-
-    def _show_members(self) -> None:
-        self.status.set_members(
-            worker_pb2.RankState(rank=endpoint.rank, pid=endpoint.pid, pod=endpoint.pod, state="connected")
-            for endpoint in self._members.endpoints.values()
-        )

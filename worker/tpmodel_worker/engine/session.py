@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.auth import token_metadata
 from tpmodel_worker.engine.errors import SessionClosedError, WrongRankError
 
@@ -46,7 +47,7 @@ class RankEndpoint:
     @property
     def target(self) -> str:
         """host:port as gRPC wants it."""
-        return f"{self.address}:{self.port}"
+        return join_host_port(self.address, self.port)
 
 
 class RankChannel:

@@ -48,9 +48,17 @@ class EngineStatus:
         return lambda: self._listeners.remove(listener)
 
     def set_phase(self, phase: worker_pb2.Phase.ValueType, *, exit_code: int = 0, cause: str = "") -> None:
-        """Enters a phase; exit_code and cause belong to PHASE_FAILED."""
+        """Enters a phase; exit_code belongs to PHASE_FAILED, cause to it and to the drain. A failed world stays so."""
+        if self._state.phase == worker_pb2.PHASE_FAILED:
+            return
         self._state.phase = phase
         self._state.exit_code = exit_code
+        self._state.cause = cause[:_MAX_CAUSE]
+        self._tell()
+
+    def set_leaving(self, cause: str) -> None:
+        """The gang still takes requests, but will drain."""
+        self._state.leaving = True
         self._state.cause = cause[:_MAX_CAUSE]
         self._tell()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.attempts import STALE
 from tpmodel_worker.engine.build import BuildError, BuiltWorld, WorldBuilder
-from tpmodel_worker.engine.errors import ConfigurationError, PoolError
+from tpmodel_worker.engine.errors import ConfigurationError, PoolError, RankFailure, StaleAttemptError
 from tpmodel_worker.engine.loop import ServingLoop, Sink
 from tpmodel_worker.engine.members import Members, Membership
 from tpmodel_worker.engine.metrics import EngineMetrics
@@ -84,10 +85,13 @@ class World:
         built = await self._form()
         if built is None:
             return
+        if self._failed:
+            await self.close()
+            return
         error = await self._serve(built)
         if error is not None:
             self._note_fault(error)
-            self._fail(ExitCode.RESTART_GANG, f"the serving world failed: {error}")
+            self._fail(ExitCode.RESTART_GANG, f"the serving world failed: {error}{self._pods_of(error.ranks)}")
             await self.close()
 
     async def build(self, membership: Membership) -> BuiltWorld:
@@ -96,6 +100,12 @@ class World:
             if self._built is None:
                 self._built = await self._builder.build(membership)
             return self._built
+
+    def fail_as_stale(self, message: str) -> None:
+        """Gives up for good, whatever the world is doing: another set of pods has taken its place."""
+        self._fail(ExitCode.RESTART_GANG, f"{STALE}{message}")
+        if self._built is not None:
+            self._built.pool.fault("the engine is outdated", StaleAttemptError(message))
 
     def stop(self) -> None:
         """Ends serving; the ranks stay until close()."""
@@ -114,7 +124,7 @@ class World:
         """Waits for members and builds, until that succeeds; None when no further attempt is worth it."""
         backoff = _FIRST_BACKOFF_SECONDS
         failed = False
-        while True:
+        while not self._failed:
             self._status.set_phase(worker_pb2.PHASE_FORMING)
             membership = self._members.complete
             if membership is None:
@@ -132,6 +142,7 @@ class World:
             logger.warning("%s: trying again in %.1f s, or when a registration changes", NOT_BUILT, backoff)
             changed = await self._members.changed(membership.version, backoff)
             backoff = _FIRST_BACKOFF_SECONDS if changed else min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
+        return None
 
     async def _wait_for_members(self, *, expected: bool) -> None:
         """Returns when a registration has changed; says who is missing.
@@ -150,6 +161,9 @@ class World:
         error = failure.error
         logger.warning("the world could not be built: %s", error, extra={"epoch": self._status.state.epoch})
         self._note_fault(error)
+        if isinstance(error.engine, StaleAttemptError):
+            self.fail_as_stale(str(error.engine))
+            return True
         if error.kinds & _CONFIGURATION_KINDS:
             self._fail(ExitCode.CONFIGURATION, str(error))
             return True
@@ -201,10 +215,28 @@ class World:
 
     # ---------------------------------------------------------------------------------------- ends
 
+    @property
+    def _failed(self) -> bool:
+        return self._status.phase == worker_pb2.PHASE_FAILED
+
     def _note_fault(self, error: PoolError) -> None:
         self._metrics.faults.labels(error.fault_kind).inc()
         self._status.add_fault(error.fault_kind, str(error))
 
+    def _pods_of(self, failures: Iterable[RankFailure]) -> str:
+        """In which pods the ranks are, where there are several."""
+        known = self._members.endpoints
+        if len({endpoint.pod for endpoint in known.values()}) < 2:
+            return ""
+        named = [
+            f"rank {failure.rank} is in pod {self._members.pod_name(known[failure.rank].pod)}"
+            for failure in failures
+            if failure.rank in known
+        ]
+        return f" ({', '.join(named)})" if named else ""
+
     def _fail(self, code: ExitCode, cause: str) -> None:
+        if self._failed:
+            return  # what came first is the cause
         logger.error("the world has failed: %s", cause, extra={"epoch": self._status.state.epoch, "cause": cause})
         self._status.set_phase(worker_pb2.PHASE_FAILED, exit_code=code, cause=cause)

@@ -11,6 +11,7 @@ import torch
 
 from tpmodel_worker import logs
 from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.attempts import epoch_floor
 from tpmodel_worker.rank.compilation import announce_compilations
 from tpmodel_worker.rank.session import EpochGate
 from tpmodel_worker.rank.status import StatusBoard
@@ -33,11 +34,11 @@ def run_rank(settings: ServeSettings, rank: int) -> None:
     device = _device(settings, rank)
     arenas = ArenaClient(settings.rank_socket)
     threading.Thread(target=_end_with_supervisor, args=(arenas,), name="supervisor link", daemon=True).start()
-    gate = EpochGate()
+    gate = EpochGate(epoch_floor(settings.attempt))
     status = StatusBoard(rank=rank, device=str(device), threads=torch.get_num_threads())
     if device.type == "cuda":
         announce_compilations(status)
-    worker = Worker(rank=rank, device=device, arenas=arenas, gate=gate, status=status)
+    worker = Worker(rank=rank, device=device, arenas=arenas, gate=gate, status=status, address=settings.address)
 
     # After the fork, and so in this function.
     from tpmodel_worker.rank.server import RankServer
@@ -58,7 +59,7 @@ def _device(settings: ServeSettings, rank: int) -> torch.device:
     devices = torch.cuda.device_count()
     if devices == 0:
         raise SystemExit(f"rank {rank}: device cuda was asked for, but torch finds no CUDA device")
-    device = torch.device("cuda", rank % devices)
+    device = torch.device("cuda", (rank - settings.ranks_here.start) % devices)
     torch.cuda.set_device(device)
     return device
 

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel.v1 import worker_pb2_grpc
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaLinkError
 from tpmodel_worker.auth import TokenInterceptor
@@ -97,7 +98,7 @@ class RankServer:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         try:
-            port = server.add_insecure_port(f"{self._address}:0")
+            port = server.add_insecure_port(join_host_port(self._address, 0))
             await server.start()
         except (OSError, RuntimeError) as error:
             self._port.set_exception(error)
@@ -181,8 +182,8 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 self._in_background(self._end(epoch, "the session has ended"))
 
     async def _open(self, epoch: int, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        newest = self._gate.newest
-        if 0 < newest < epoch:
+        # Before the first session there is nothing to end.
+        if self._gate.current and self._gate.newest < epoch:
             await self._end(epoch - 1, f"epoch {epoch} begins")
         match self._gate.open(epoch):
             case OpenVerdict.DUPLICATE:

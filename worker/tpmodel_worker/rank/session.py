@@ -40,10 +40,11 @@ class EpochGate:
     epoch calls that, from another thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, floor: int = 0) -> None:
+        """floor: this epoch and all older ones are refused from the start: they belong to lower attempts."""
         self._lock = threading.Lock()
         self._current = 0
-        self._ended = 0
+        self._ended = floor
         self._release: Callable[[str], None] | None = None
 
     @property

@@ -65,9 +65,18 @@ class Worker:
     """Runs in the main thread of the rank process; other threads hand it work through the first three methods."""
 
     def __init__(
-        self, *, rank: int, device: torch.device, arenas: ArenaClient, gate: EpochGate, status: StatusBoard
+        self,
+        *,
+        rank: int,
+        device: torch.device,
+        arenas: ArenaClient,
+        gate: EpochGate,
+        status: StatusBoard,
+        address: str = "",
     ) -> None:
+        """address: IP of this pod; "": whichever leads to the rendezvous."""
         self._rank = rank
+        self._address = address
         self._device = device
         self._arenas = arenas
         self._gate = gate
@@ -173,6 +182,7 @@ class Worker:
             timeout_seconds=init.timeout_seconds,
             pods=tuple(init.pods),
             kind=init.communicator,
+            address=self._address,
         )
         cancelled = threading.Event()
         self._gate.attach(epoch.number, lambda _reason: cancelled.set())

@@ -14,6 +14,7 @@ from typing import Any
 from prometheus_client.multiprocess import mark_process_dead
 
 from tpmodel.v1 import pod_pb2, worker_pb2
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.settings import ServeSettings
@@ -26,7 +27,6 @@ from tpmodel_worker.supervisor.forked import ForkedProcesses
 from tpmodel_worker.supervisor.lifecycle import Ending, ProgressWatch, judge_member, judge_refusal, judge_state
 from tpmodel_worker.supervisor.memory import MemoryHolder
 from tpmodel_worker.supervisor.metrics import MetricsServer
-from tpmodel_worker.supervisor.ports import join_host_port
 from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTable
 from tpmodel_worker.supervisor.rank_link import RankLinkServer
 from tpmodel_worker.supervisor.registration import Registration

@@ -49,11 +49,6 @@ def reserved_ports(settings: ServeSettings) -> Iterator[ServeSettings]:
         yield dataclasses.replace(settings, **numbers)
 
 
-def join_host_port(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _reserve(host: str, port: int, option: str) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

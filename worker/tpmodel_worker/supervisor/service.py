@@ -12,10 +12,10 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.auth import TokenInterceptor
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.memory import ArenaError, MemoryHolder
-from tpmodel_worker.supervisor.ports import join_host_port
 from tpmodel_worker.supervisor.processes import Process, ProcessTable
 from tpmodel_worker.supervisor.status import process_statuses
 

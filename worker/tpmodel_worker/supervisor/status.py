@@ -10,8 +10,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.settings import ServeSettings
-from tpmodel_worker.supervisor.ports import join_host_port
 from tpmodel_worker.supervisor.processes import Process
 
 READY_SERVICE = "tpmodel.v1.Ready"

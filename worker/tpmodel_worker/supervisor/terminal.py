@@ -17,10 +17,10 @@ from typing import Literal, Never, TextIO
 from tqdm import tqdm
 
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.events import Draining, Ended, EngineStateChanged, Output, Ready, SupervisorEvent
 from tpmodel_worker.supervisor.output import label
-from tpmodel_worker.supervisor.ports import join_host_port
 
 _LINE_SECONDS = 5.0
 
