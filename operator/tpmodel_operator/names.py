@@ -38,6 +38,14 @@ def gang_name(model: str, index: int, revision: str) -> str:
     return f"{model}-{index}-{revision}"
 
 
+def gang_of_name(model: str, gang: str) -> tuple[int, str]:
+    """Index and revision out of a gang's name; ValueError where it is none of this model's."""
+    index, _, revision = gang.removeprefix(f"{model}-").partition("-")
+    if gang_name(model, int(index), revision) != gang:
+        raise ValueError(f"{gang!r} is no gang of {model!r}")
+    return int(index), revision
+
+
 def attempt_config_map(gang: str) -> str:
     """The ConfigMap that holds a gang's attempt under ATTEMPT_KEY."""
     return f"{gang}-attempt"

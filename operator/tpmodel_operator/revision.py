@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Any
 
-from tpmodel_operator import shape
+from tpmodel_operator import defaults
 from tpmodel_operator.api import TPModelSpec
 
 LENGTH = 5
@@ -41,8 +41,9 @@ def revision(spec: TPModelSpec, image: str) -> str:
     content = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=_NOT_OF_PODS)
     content = {name: value for name, value in content.items() if value != {}}
     content["image"] = content.get("image", {}) | {"resolved": image}
-    if shape.ranks_per_pod(spec) != shape.default_ranks_per_pod(spec):
-        content["ranksPerPod"] = shape.ranks_per_pod(spec)
+    ranks = defaults.ranks_per_pod(spec)
+    if ranks != defaults.ranks_per_pod(spec.model_copy(update={"ranks_per_pod": None})):
+        content["ranksPerPod"] = ranks
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     number = int.from_bytes(hashlib.sha256(canonical.encode()).digest())
     letters = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpmodel_operator import names, shape
+from tpmodel_operator import defaults, names
 from tpmodel_operator.actions import EnsureGang
 from tpmodel_operator.api import EnvironmentVariable, SecretKey, TPModel, TPModelSpec
 from tpmodel_operator.resources import volumes
@@ -48,9 +48,9 @@ def arguments(model: TPModel, gang: EnsureGang) -> list[str]:
         "model-uri": spec.model.uri,
         "model-path": volumes.model_path(spec),
         "model-revision": spec.model.revision,
-        "served-name": spec.model.served_name or spec.model.uri.rstrip("/").rsplit("/", 1)[-1],
+        "served-name": defaults.served_name(spec),
         "tensor-parallel-size": spec.tensor_parallel_size,
-        "ranks-per-pod": shape.ranks_per_pod(spec),
+        "ranks-per-pod": defaults.ranks_per_pod(spec),
         "leader-host": names.leader_host(model.name, gang.name, model.namespace),
         "device": spec.device,
         "dtype": spec.model.dtype,
@@ -114,8 +114,8 @@ def security_context(spec: TPModelSpec) -> Object:
 
 def _devices(spec: TPModelSpec) -> dict[str, str]:
     found = {}
-    if gpu := shape.gpu_resource(spec):
-        found[gpu] = str(shape.ranks_per_pod(spec))
+    if gpu := defaults.gpu_resource(spec):
+        found[gpu] = str(defaults.ranks_per_pod(spec))
     if spec.network.rdma:
         found[spec.network.rdma_resource_name] = "1"
     return found

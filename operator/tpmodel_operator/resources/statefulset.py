@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpmodel_operator import names, shape
+from tpmodel_operator import defaults, names
 from tpmodel_operator.actions import EnsureGang
 from tpmodel_operator.api import TPModel
 from tpmodel_operator.resources import pod
@@ -19,7 +19,7 @@ def build(model: TPModel, gang: EnsureGang) -> Object:
         "metadata": metadata,
         "spec": {
             "serviceName": names.pods_service(model.name),
-            "replicas": shape.pods_per_gang(model.spec),
+            "replicas": defaults.pods_per_gang(model.spec),
             "podManagementPolicy": "Parallel",
             "updateStrategy": {"type": "OnDelete"},
             "revisionHistoryLimit": 0,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
 
-from tpmodel_operator import names
+from tpmodel_operator import defaults, names
 from tpmodel_operator.actions import EnsureGang
 from tpmodel_operator.api import TPModel, TPModelSpec
 from tpmodel_operator.resources.objects import Object
@@ -63,23 +62,26 @@ def mounted(model: TPModel, gang: EnsureGang) -> list[Mounted]:
 
 def model_path(spec: TPModelSpec) -> str:
     """Folder of the checkpoint in the container; empty for a model that the supervisor downloads."""
-    uri = urlsplit(spec.model.uri)
-    if uri.scheme == "hf":
-        return ""
-    inside = unquote(uri.path).strip("/") if uri.scheme == "pvc" else ""
-    return f"{MODEL_FOLDER}/{inside}" if inside else MODEL_FOLDER
+    location = defaults.model_location(spec.model.uri)
+    match location.scheme:
+        case "hf":
+            return ""
+        case "pvc" if location.path:
+            return f"{MODEL_FOLDER}/{location.path}"
+        case _:
+            return MODEL_FOLDER
 
 
 def _model(spec: TPModelSpec) -> list[Mounted]:
-    scheme, _, rest = spec.model.uri.partition("://")
-    match scheme:
+    location = defaults.model_location(spec.model.uri)
+    match location.scheme:
         case "pvc":
-            source = {"persistentVolumeClaim": {"claimName": rest.split("/", 1)[0]}}
+            source = {"persistentVolumeClaim": {"claimName": location.name}}
         case "file":
-            source = {"hostPath": {"path": unquote(rest), "type": "Directory"}}
+            source = {"hostPath": {"path": location.path, "type": "Directory"}}
         case "oci":
-            source = {"image": {"reference": rest, "pullPolicy": spec.image.pull_policy}}
-        case _:
+            source = {"image": {"reference": location.name, "pullPolicy": spec.image.pull_policy}}
+        case "hf":
             return []
     return [Mounted({"name": "model"} | source, MODEL_FOLDER, read_only=True)]
 

@@ -1,0 +1,114 @@
+"""The gangs of a model as one sees them: what status remembers, joined with what exists."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import Enum
+
+from tpmodel_operator import names
+from tpmodel_operator.api import GangStatus
+from tpmodel_operator.observed import GangReport, Observed, PodRecord, StatefulSetRecord
+
+
+class Existence(Enum):
+    """Whether a gang is there."""
+
+    PLANNED = "planned"
+    """Written to status, its StatefulSet not seen yet: it may have been made, or be made by this pass."""
+    LIVE = "live"
+    LEAVING = "leaving"
+    """Its StatefulSet is ending or gone, and pods are left."""
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gang:
+    """One gang."""
+
+    status: GangStatus
+    """What the last pass remembered, brought in line with the StatefulSet that exists."""
+    existence: Existence
+    statefulset: StatefulSetRecord | None
+    pods: tuple[PodRecord, ...]
+    """By index."""
+    known_attempt: int | None
+    """What its ConfigMap says; None: it is not known to exist."""
+    token_missing: bool
+    report: GangReport | None
+
+    @property
+    def name(self) -> str:
+        """Name of its StatefulSet."""
+        return self.status.name
+
+    @property
+    def size(self) -> int:
+        """Pods that it has when it is complete; 0 while that is unknown."""
+        return self.statefulset.pods if self.statefulset else 0
+
+
+def collect(observed: Observed) -> list[Gang]:
+    """All gangs that status remembers or that exist, by name."""
+    remembered = {gang.name: gang for gang in observed.model.status.gangs}
+    statefulsets = {record.name: record for record in observed.statefulsets}
+    pods: dict[str, list[PodRecord]] = defaultdict(list)
+    for pod in observed.pods:
+        pods[pod.gang].append(pod)
+    return [
+        _gang(observed, name, remembered.get(name), statefulsets.get(name), pods.get(name, []))
+        for name in sorted({*remembered, *statefulsets, *pods})
+    ]
+
+
+def _gang(
+    observed: Observed,
+    name: str,
+    remembered: GangStatus | None,
+    statefulset: StatefulSetRecord | None,
+    pods: list[PodRecord],
+) -> Gang:
+    known_attempt = observed.attempts.get(name)
+    return Gang(
+        status=_status(observed.model.name, name, remembered, statefulset, known_attempt or 1),
+        existence=_existence(remembered, statefulset, pods),
+        statefulset=statefulset,
+        pods=tuple(sorted(pods, key=lambda pod: (pod.index, pod.created))),
+        known_attempt=known_attempt,
+        token_missing=name in observed.tokens_missing,
+        report=observed.reports.get(name),
+    )
+
+
+def _existence(
+    remembered: GangStatus | None, statefulset: StatefulSetRecord | None, pods: list[PodRecord]
+) -> Existence:
+    if statefulset is not None:
+        return Existence.LEAVING if statefulset.deleting else Existence.LIVE
+    if remembered is not None and not remembered.uid:
+        return Existence.PLANNED
+    return Existence.LEAVING if pods else Existence.GONE
+
+
+def _status(
+    model: str, name: str, remembered: GangStatus | None, statefulset: StatefulSetRecord | None, known_attempt: int
+) -> GangStatus:
+    """The attempt is the higher one of what status and the ConfigMap say: either may have been lost."""
+    if remembered is not None:
+        attempt = max(remembered.attempt, known_attempt)
+        if statefulset is None or remembered.uid == statefulset.uid:
+            return remembered.model_copy(update={"attempt": attempt})
+        if not remembered.uid:
+            return remembered.model_copy(update={"attempt": attempt, "uid": statefulset.uid})
+        known_attempt = attempt  # made again under its name: nothing else that is remembered holds
+    if statefulset is None:
+        index, revision = names.gang_of_name(model, name)
+        return GangStatus(name=name, index=index, revision=revision, attempt=known_attempt)
+    return GangStatus(
+        name=name,
+        index=statefulset.index,
+        revision=statefulset.revision,
+        uid=statefulset.uid,
+        image=statefulset.image,
+        attempt=known_attempt,
+    )
