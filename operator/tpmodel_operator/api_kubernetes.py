@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from tpmodel_operator.api_types import LONGEST_TEXT, RULES, checked, free_form, must
+from tpmodel_operator.api_types import LONGEST_TEXT, checked, free_form, must
 
 VOLUME_SOURCES = (
     "configMap",
@@ -27,6 +27,19 @@ VOLUME_SOURCES = (
 
 RESERVED_PATHS = ("/model", "/cache", "/run/tpmodel", "/dev/shm", "/tmp", "/etc/tpmodel")  # noqa: S108
 """Where the worker's own volumes are mounted."""
+
+RESERVED_VOLUMES = (
+    "model",
+    "cache",
+    "runtime",
+    "shared-memory",
+    "temporary",
+    "attempt",
+    "token",
+    "api-key",
+    "tls",
+)
+"""Names of the worker's own volumes."""
 
 RESERVED_CONTAINER = "worker"
 
@@ -97,6 +110,10 @@ _VOLUME = _object(
         + ", ".join(f"has(self.{source})" for source in VOLUME_SOURCES)
         + "].filter(given, given).size() == 1",
         "write exactly one of " + ", ".join(VOLUME_SOURCES),
+    ),
+    must(
+        "!(self.name in [" + ", ".join(f"'{name}'" for name in RESERVED_VOLUMES) + "])",
+        "names " + ", ".join(RESERVED_VOLUMES) + " belong to the worker's own volumes: write another name",
     ),
 )
 
@@ -171,15 +188,3 @@ NetworkPolicyPeer = Annotated[dict[str, Any], WithJsonSchema(_PEER)]
 Volume = Annotated[dict[str, Any], WithJsonSchema(_VOLUME)]
 VolumeMount = Annotated[dict[str, Any], WithJsonSchema(_VOLUME_MOUNT)]
 Sidecar = Annotated[dict[str, Any], WithJsonSchema(_SIDECAR)]
-
-__all__ = [
-    "RESERVED_CONTAINER",
-    "RESERVED_PATHS",
-    "RULES",
-    "VOLUME_SOURCES",
-    "NetworkPolicyPeer",
-    "Sidecar",
-    "Toleration",
-    "Volume",
-    "VolumeMount",
-]

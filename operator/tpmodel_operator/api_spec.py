@@ -87,6 +87,8 @@ Revision = Annotated[
     ),
 ]
 
+RESERVED_VARIABLES = ("HF_TOKEN", "HF_HOME", "TRITON_CACHE_DIR", "HOME")
+
 VariableName = Annotated[
     str,
     Field(
@@ -95,7 +97,7 @@ VariableName = Annotated[
             must("self.matches('^[A-Za-z_][A-Za-z0-9_]*$')", "write a variable's name: letters, digits and '_'"),
             must("!self.startsWith('TPMODEL_')", "names that begin with TPMODEL_ belong to the operator"),
             must(
-                "!(self in ['HF_TOKEN', 'HF_HOME', 'TRITON_CACHE_DIR', 'HOME'])",
+                "!(self in [" + ", ".join(f"'{name}'" for name in RESERVED_VARIABLES) + "])",
                 "leave this variable out, the operator sets it: a hub token goes into model.secretRef, the folder of "
                 "downloads and compiled kernels into cache",
             ),
@@ -137,7 +139,14 @@ class ModelSource(Model):
     """Data type of weights and computation; auto: what the checkpoint says."""
     quantization: Literal["none"] = "none"
     """Quantization of the weights; none is the only value so far."""
-    max_model_len: int = Field(default=0, ge=0, le=16_777_216)
+    max_model_len: int = Field(
+        default=0,
+        ge=0,
+        le=16_777_216,
+        json_schema_extra=checked(
+            must("self != 1", "a prompt and an answer need at least 2 tokens: write 2 or more, or leave it out")
+        ),
+    )
     """Longest context, tokens of prompt and output together; 0: what the checkpoint says."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """dummy makes random weights from config.json alone, for tests of capacity and networks."""

@@ -17,21 +17,16 @@ LIST_TYPE = "x-kubernetes-list-type"
 LIST_KEYS = "x-kubernetes-list-map-keys"
 
 
-def must(rule: str, message: str, *, field: str = "", computed: str = "") -> dict[str, Any]:
+def must(rule: str, message: str, *, field: str = "") -> dict[str, Any]:
     """One CEL rule, as the CRD holds it; the message says what to write.
 
     Args:
         rule: true where the value is accepted.
         message: shown where it is not.
         field: where the error is reported, relative to the value, such as `.ranksPerPod`.
-        computed: a CEL expression that makes the message from the values; message is its fallback.
     """
     entry = {"rule": rule, "message": message}
-    if computed:
-        entry["messageExpression"] = computed
-    if field:
-        entry["fieldPath"] = field
-    return entry
+    return entry | ({"fieldPath": field} if field else {})
 
 
 def checked(*rules: dict[str, Any]) -> dict[str, Any]:

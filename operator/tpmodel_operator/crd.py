@@ -139,13 +139,14 @@ class _Flattening:
         return {}
 
     def _default_of(self, node: Schema, schema: Schema) -> Any:
-        """The default where it says something: an object gets {} when a field below has a default of its own."""
+        """The default where it says something. An object's holds those of its fields: rules see it as it stands."""
         default = node.get("default")
         if not self._defaults or default in (None, "", [], {}):
             return None
         if "properties" not in schema:
             return default
-        return {} if any("default" in child for child in schema["properties"].values()) else None
+        below = {name: child["default"] for name, child in schema["properties"].items() if "default" in child}
+        return below or None
 
 
 def _keywords(node: Schema) -> Schema:

@@ -22,11 +22,11 @@ class OptionShape:
 _COUNT = OptionShape(r"^[1-9][0-9]{0,8}$", "a whole number of at least 1")
 _SIZE = OptionShape(r"^[0-9]{1,15}([.][0-9]{1,3})?([KMGT]i?)?$", "a size such as 500M or 2Gi")
 _FLAG = OptionShape("^(true|false)$", "'true' or 'false', in quotes")
-_SECONDS = OptionShape(r"^[0-9]{1,6}([.][0-9]{1,3})?$", "seconds, such as 30")
+_SECONDS = OptionShape(r"^[1-9][0-9]{0,5}([.][0-9]{1,3})?$", "seconds of at least 1, such as 30")
 
 ENGINE_OPTIONS: dict[str, OptionShape] = {
     "max_num_seqs": _COUNT,
-    "max_num_batched_tokens": _COUNT,
+    "max_num_batched_tokens": OptionShape("^(1[6-9]|[2-9][0-9]|[1-9][0-9]{2,8})$", "a whole number of at least 16"),
     "block_size": OptionShape("^([1-9][0-9]?|1[0-9][0-9]|2[0-4][0-9]|25[0-6])$", "a whole number from 1 to 256"),
     "kv_cache_memory": _SIZE,
     "prefix_cache": _FLAG,
