@@ -1,0 +1,93 @@
+"""The attempts of gangs, as their ConfigMaps say: read once, kept, and written so that they only rise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+from tpmodel_operator import names
+from tpmodel_operator.kube import CONFIG_MAPS, ApiError, Json, Kube
+
+FRESH_SECONDS = 600
+"""Only this program writes them; a hand that changed one is noticed after this long."""
+
+Gang = tuple[str, str]
+"""Namespace and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A ConfigMap as last read or written."""
+
+    attempt: int
+    owner: str
+    """UID of the StatefulSet that it goes with."""
+    version: str
+    at: float
+
+
+class Attempts:
+    """All attempts that are known."""
+
+    def __init__(self, kube: Kube, clock: Callable[[], float] = time.monotonic) -> None:
+        self._kube = kube
+        self._clock = clock
+        self._known: dict[Gang, Known] = {}
+
+    async def read(self, namespace: str, gang: str, *, fresh_seconds: float = FRESH_SECONDS) -> int | None:
+        """What the gang's ConfigMap says, at most so many seconds old; None where there is none."""
+        known = self._known.get((namespace, gang))
+        if known is None or self._clock() - known.at > fresh_seconds:
+            known = await self._read(namespace, gang)
+        return known.attempt if known else None
+
+    async def ensure(self, body: Json) -> None:
+        """The gang's ConfigMap says at least what this one says."""
+        metadata = body["metadata"]
+        gang = (metadata["namespace"], metadata["labels"][names.GANG_LABEL])
+        wanted = int(body["data"][names.ATTEMPT_KEY])
+        known = self._known.get(gang)
+        try:
+            await self._raise(gang, body, wanted, known)
+        except ApiError as error:
+            if not (error.conflict or error.not_found):
+                raise
+            # It is not as it was when it was last seen: read again, once.
+            await self._raise(gang, body, wanted, await self._read(*gang))
+
+    def keep(self, gangs: Set[Gang]) -> None:
+        """Forgets all others."""
+        self._known = {gang: known for gang, known in self._known.items() if gang in gangs}
+
+    async def _raise(self, gang: Gang, body: Json, wanted: int, known: Known | None) -> None:
+        if known is None:
+            answer = await self._kube.create(CONFIG_MAPS, gang[0], body)
+        elif known.attempt < wanted or known.owner != _owner(body):
+            # One of another owner is left over from an earlier gang of this name: adopted, or it would go with that.
+            higher = {names.ATTEMPT_KEY: str(max(wanted, known.attempt))}
+            versioned = {"data": higher, "metadata": body["metadata"] | {"resourceVersion": known.version}}
+            answer = await self._kube.apply(CONFIG_MAPS, gang[0], body | versioned)
+        else:
+            return
+        self._known[gang] = self._learn(answer)
+
+    async def _read(self, namespace: str, gang: str) -> Known | None:
+        try:
+            item = await self._kube.get(CONFIG_MAPS, namespace, names.attempt_config_map(gang))
+        except ApiError as error:
+            if not error.not_found:
+                raise
+            self._known.pop((namespace, gang), None)
+            return None
+        known = self._known[namespace, gang] = self._learn(item)
+        return known
+
+    def _learn(self, item: Json) -> Known:
+        text = item.get("data", {}).get(names.ATTEMPT_KEY, "")
+        attempt = int(text) if text.isdecimal() else 0
+        return Known(attempt, _owner(item), item["metadata"]["resourceVersion"], self._clock())
+
+
+def _owner(item: Json) -> str:
+    return next((owner["uid"] for owner in item["metadata"].get("ownerReferences", [])), "")

@@ -1,0 +1,91 @@
+"""Children that are kept as wanted: applied when they are due, which is new, changed, or not confirmed for long."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, Set
+from typing import TypeVar
+
+from tpmodel_operator.actions import EnsureModelChildren
+from tpmodel_operator.api import TPModel
+from tpmodel_operator.kube import (
+    DISRUPTION_BUDGETS,
+    NETWORK_POLICIES,
+    SERVICE_ACCOUNTS,
+    SERVICES,
+    Json,
+    Kube,
+    Resource,
+)
+from tpmodel_operator.resources import model_children
+from tpmodel_operator.settings import OperatorSettings
+
+REPAIR_SECONDS = 1800.0
+"""What somebody else changed or deleted is put right after this long at the latest."""
+
+NONE_WANTED = "none"
+"""In place of a digest: there is to be no such object."""
+
+_RESOURCES = {kind.kind: kind for kind in (SERVICE_ACCOUNTS, SERVICES, NETWORK_POLICIES, DISRUPTION_BUDGETS)}
+
+Child = tuple[str, str]
+"""Kind and name."""
+
+
+class LastingChildren:
+    """Remembers what was applied, so that a pass sends only what is due."""
+
+    def __init__(self, kube: Kube, settings: OperatorSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._kube = kube
+        self._settings = settings
+        self._clock = clock
+        self._applied: dict[str, dict[Child, tuple[str, float]]] = {}
+
+    async def ensure_shared(self, model: TPModel, wanted: EnsureModelChildren) -> None:
+        """Those of the model, which all its gangs share."""
+        children = model_children(model, wanted, self._settings)
+        calls = [self.ensure(model, child) for child in children]
+        if wanted.disruptable_pods is None:
+            calls.append(self._remove(model, DISRUPTION_BUDGETS, model.name))
+        await all_of(calls)
+
+    async def ensure(self, model: TPModel, body: Json) -> None:
+        """One child is as wanted."""
+        resource = _RESOURCES[body["kind"]]
+        child = (body["kind"], body["metadata"]["name"])
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        if self._is_due(model, child, digest):
+            await self._kube.apply(resource, model.namespace, body)
+            self._note(model, child, digest)
+
+    def keep(self, uids: Set[str]) -> None:
+        """Forgets all TPModels but these."""
+        self._applied = {uid: children for uid, children in self._applied.items() if uid in uids}
+
+    async def _remove(self, model: TPModel, resource: Resource, name: str) -> None:
+        child = (resource.kind, name)
+        if self._is_due(model, child, NONE_WANTED):
+            await self._kube.discard(resource, model.namespace, name)
+            self._note(model, child, NONE_WANTED)
+
+    def _is_due(self, model: TPModel, child: Child, digest: str) -> bool:
+        applied, at = self._applied.get(model.uid, {}).get(child, ("", 0.0))
+        return applied != digest or self._clock() - at > REPAIR_SECONDS
+
+    def _note(self, model: TPModel, child: Child, digest: str) -> None:
+        self._applied.setdefault(model.uid, {})[child] = (digest, self._clock())
+
+
+T = TypeVar("T")
+
+
+async def all_of(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """Runs all side by side to their ends; then the first failure is raised, if there was one."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
