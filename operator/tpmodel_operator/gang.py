@@ -33,7 +33,7 @@ def decide(observed: Observed, settings: OperatorSettings) -> Decision:
     around = Circumstances.of(observed)
     gangs = [gang for gang in collect(observed) if gang.existence is not Existence.GONE]
     turns = [Turn(gang, life.judge(gang, around)) for gang in gangs]
-    refusal = acceptance.review(model, volumes=observed.volumes, settings=settings)
+    refusal = acceptance.review(model, volumes=observed.volumes, settings=settings) or _conflict(observed)
     if refusal is not None:
         return _refused(model, refusal, turns, observed.now)
     target = images.resolve(model, gangs, settings.default_image)
@@ -63,6 +63,18 @@ class Turn:
     def status(self) -> GangStatus:
         """Its new status."""
         return self.judged.status
+
+
+def _conflict(observed: Observed) -> acceptance.Refusal | None:
+    """A TPModel takes nothing over that is not its own."""
+    if not observed.conflicts:
+        return None
+    return acceptance.Refusal(
+        reason="NameTaken",
+        message=f"{', '.join(observed.conflicts)} exists already and belongs to somebody else: delete it, or give the "
+        "TPModel another name",
+        transient=True,
+    )
 
 
 def _refused(model: TPModel, refusal: acceptance.Refusal, turns: list[Turn], now: datetime) -> Decision:

@@ -54,11 +54,21 @@ def collect(observed: Observed) -> list[Gang]:
     statefulsets = {record.name: record for record in observed.statefulsets}
     pods: dict[str, list[PodRecord]] = defaultdict(list)
     for pod in observed.pods:
-        pods[pod.gang].append(pod)
+        if pod.gang in remembered or pod.gang in statefulsets or _is_name(observed.model.name, pod.gang):
+            pods[pod.gang].append(pod)
     return [
         _gang(observed, name, remembered.get(name), statefulsets.get(name), pods.get(name, []))
         for name in sorted({*remembered, *statefulsets, *pods})
     ]
+
+
+def _is_name(model: str, gang: str) -> bool:
+    """Whether it can be a gang of the model: somebody may have written another label on a pod."""
+    try:
+        names.gang_of_name(model, gang)
+    except ValueError:
+        return False
+    return True
 
 
 def _gang(

@@ -105,3 +105,5 @@ class Observed:
     tokens_missing: frozenset[str] = frozenset()
     """Gangs whose token Secret is gone though a container may have read it: one restart, cause TokenLost. The Secret
     is made again after the status is written and before the actions; while a restart is under way it says nothing."""
+    conflicts: tuple[str, ...] = ()
+    """Children that cannot be made since an object of that name belongs to somebody else, such as "Service chat"."""
