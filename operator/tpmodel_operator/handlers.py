@@ -7,6 +7,7 @@ changes where only the present state counts.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,13 +48,18 @@ class ModelWatch:
     deliver: Deliver
     namespaces: tuple[str, ...]
     """Empty: all."""
+    retake_signals: Callable[[], None]
+    """Called when kopf has made the process's signals its own, which it cannot be kept from."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     _login_at: float = -float("inf")
 
     async def run(self) -> None:
-        """Watches until stop is set, or kopf got a signal to end."""
-        await kopf.operator(
+        """Watches until stop is set; kopf then ends every task that was begun after its own."""
+        # It would tell of every event that it has handed over.
+        logging.getLogger("kopf").setLevel(logging.WARNING)
+        others = asyncio.all_tasks()
+        tasks = await kopf.spawn_tasks(
             registry=self._registry(),
             settings=kopf_settings(),
             standalone=True,
@@ -62,6 +68,8 @@ class ModelWatch:
             stop_flag=self.stop,
             ready_flag=self.started,
         )
+        self.retake_signals()
+        await kopf.run_tasks(tasks, ignored=others)
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()

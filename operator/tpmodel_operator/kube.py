@@ -294,5 +294,5 @@ def _refusal(status: int, reason: str, body: bytes) -> ApiError:
     try:
         answer = json.loads(body)
     except ValueError:
-        answer = {"message": body[:200].decode(errors="replace")}
+        answer = {"message": body[:200].decode(errors="replace").strip()}
     return ApiError(status, str(answer.get("reason") or reason), str(answer.get("message", "")))

@@ -38,9 +38,7 @@ FAILED = 1
 @click.option("--health-port", default=8080, show_default=True, help="/healthz and /readyz.")
 @click.option("--metrics-port", default=8081, show_default=True, help="/metrics.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True)
-@click.option(
-    "--resync-seconds", default=600.0, show_default=True, help="Longest time between passes of a TPModel."
-)
+@click.option("--resync-seconds", default=600.0, show_default=True, help="Longest time between passes of a TPModel.")
 @click.option("--workers", default=16, show_default=True, help="Passes at once.")
 @click.version_option(package_name="tpmodel")
 def main(
@@ -101,12 +99,18 @@ async def _elect_and_lead(
     await election
     metrics.leader.set(1)
     keeping = asyncio.create_task(leadership.keep(), name="Lease")
-    runtime = Runtime(kube, settings, metrics=metrics, health=health, permit=leadership.check)
-    running = asyncio.create_task(runtime.run(ready_to_signal=lambda: _take_signals(stop)), name="operator")
+    runtime = Runtime(
+        kube,
+        settings,
+        metrics=metrics,
+        health=health,
+        permit=leadership.check,
+        take_signals=lambda: _take_signals(stop),
+    )
+    running = asyncio.create_task(runtime.run(), name="operator")
     await asyncio.wait([stopped, keeping, running], return_when=asyncio.FIRST_COMPLETED)
     if keeping.done():
         _die(keeping)
-    # kopf takes signals too, for the moment that it needs to start: then the operator's run just ends.
     failure = running.exception() if running.done() else None
     graceful = failure is None
     if not graceful:

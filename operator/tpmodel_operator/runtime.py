@@ -38,9 +38,25 @@ class Runtime:
     """All parts of a leading operator."""
 
     def __init__(
-        self, kube: Kube, settings: OperatorSettings, *, metrics: Metrics, health: Health, permit: Callable[[], None]
+        self,
+        kube: Kube,
+        settings: OperatorSettings,
+        *,
+        metrics: Metrics,
+        health: Health,
+        permit: Callable[[], None],
+        take_signals: Callable[[], None],
     ) -> None:
-        """permit: raises where this process must not write any more."""
+        """Nothing runs yet.
+
+        Args:
+            kube: the API server.
+            settings: of the process.
+            metrics: of the process.
+            health: gets the checks of all parts.
+            permit: raises where this process must not write any more.
+            take_signals: makes the process's signals the caller's again.
+        """
         self._kube = kube
         self._settings = settings
         self._metrics = metrics
@@ -62,7 +78,7 @@ class Runtime:
                 self._watch(STATEFUL_SETS, namespace, records.stateful_set, self._stateful_sets),
             )
         ]
-        self._model_watch = ModelWatch(kube.configuration, self._deliver, settings.watch_namespaces)
+        self._model_watch = ModelWatch(kube.configuration, self._deliver, settings.watch_namespaces, take_signals)
         self._audit = Audit(kube, self._audited(), period=settings.resync_seconds, metrics=metrics)
         self._reconciler = Reconciler(
             kube,
@@ -88,12 +104,8 @@ class Runtime:
         health.require_alive(lambda: self._audit.failures)
         health.require_ready(lambda: [f"{watch} is not in yet" for watch in self._watches if not watch.synced.is_set()])
 
-    async def run(self, *, ready_to_signal: Callable[[], None]) -> None:
-        """Works until stopped. A part that ends by itself ends all: its error is raised.
-
-        Args:
-            ready_to_signal: called when kopf, which takes the process's signal handlers, has started.
-        """
+    async def run(self) -> None:
+        """Works until stopped. A part that ends by itself ends all: its error is raised."""
         await self._wait_for_crd()
         for watch in self._watches:
             self._start(watch.run(), f"watch of {watch}")
@@ -102,7 +114,6 @@ class Runtime:
         await self._unless_ended(synced)
         models = self._start(self._model_watch.run(), "watch of TPModels")
         await self._unless_ended(asyncio.ensure_future(self._model_watch.started.wait()))
-        ready_to_signal()
         self._start(self._audit.run(), "audit")
         self._start(self._reports.run(), "reports of gangs")
         self._start(self._tidy(), "tidying")
@@ -155,12 +166,15 @@ class Runtime:
 
     async def _wait_for_crd(self) -> None:
         """kopf looks for it once only."""
+        told = ""
         while True:
             try:
                 async for _ in self._kube.list(MODELS, self._namespaces[0], page=1, metadata_only=True):
                     return
             except ApiError as error:
-                logger.warning("TPModels cannot be listed yet: %s", error)
+                if str(error) != told:
+                    logger.warning("waiting: TPModels cannot be listed: %s", error)
+                told = str(error)
             await asyncio.sleep(CRD_PATIENCE_SECONDS)
 
     async def _tidy(self) -> None:
