@@ -74,22 +74,28 @@ def _missing(members: Iterable[Member], live: list[Member], *, wanted: int, roll
 
 
 def _retired(live: list[Member], *, made: int, wanted: int, rollout: Rollout, stalled: bool) -> list[Member]:
-    """Outdated gangs to be removed now: those that are not Ready cost nothing, of the others enough stay."""
+    """Outdated gangs to be removed now, those that are not Ready first.
+
+    Of the Ready ones enough stay. One that is not Ready may be back soon, so it is only given up as far as
+    maxUnavailable allows, but it never stops a rollout: the gang that replaces it counts as soon as it is Ready.
+    """
     retired = []
+    outdated = [member for member in live if not member.updated]
     in_flight = made + _not_ready(member for member in live if member.updated)
     existing = len(live) + made
     ready = sum(member.ready for member in live)
-    outdated = [member for member in live if not member.updated]
+    hopeful = ready + _not_ready(outdated)
     for member in sorted(outdated, key=lambda member: (member.ready, -member.index)):
         too_many = existing > wanted + rollout.max_surge
         replaced_later = max(0, wanted - (existing - 1))
         if not too_many and (stalled or in_flight + replaced_later > _most_in_flight(rollout)):
             break
-        if member.ready and ready - 1 < wanted - rollout.max_unavailable:
+        if (ready if member.ready else hopeful) - 1 < wanted - rollout.max_unavailable:
             break
         retired.append(member)
         existing -= 1
         ready -= member.ready
+        hopeful -= 1
     return retired
 
 
