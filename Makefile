@@ -1,6 +1,6 @@
 # make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
 # make test  sets everything up and passes lint, unit and integration tests
-.PHONY: run test lint unit integration test-gpu soak bench default-model lock clean
+.PHONY: run test lint unit integration test-gpu soak bench default-model lock manifests clean
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
@@ -41,6 +41,10 @@ bench: .venv/.ready
 
 default-model: .venv/.ready
 	$(PYTHON) examples/train_default_model.py --output examples/default_model
+
+# The chart's CRD, docs/reference.md and deploy/tpmodel.yaml, from the operator's code and the chart.
+manifests: .venv/.ready
+	$(PYTHON) -m scripts.manifests
 
 lock: .venv/.ready
 	bash scripts/lock
