@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from support.checkpoints import make_checkpoint
+from support.ended import still_running
 from tpmodel import Client, Result, TpmodelError
 from tpmodel.local import LocalServer, free_ports
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
@@ -137,7 +138,7 @@ def test_nothing_outlives_a_killed_supervisor(server: LocalServer) -> None:
 
     server.process.kill()
 
-    assert psutil.wait_procs(family, 3)[1] == []
+    assert still_running(family, 3) == []
     server.wait(5)
     assert streaming.result is None
 

@@ -12,6 +12,7 @@ import grpc
 import psutil
 import pytest
 
+from support.ended import still_running
 from support.supervised import METADATA, Supervised, stand_in_settings
 from tpmodel.v1 import worker_pb2
 
@@ -35,8 +36,7 @@ def test_nothing_outlives_a_killed_supervisor(pod: Supervised) -> None:
 
     os.kill(pod.pid, signal.SIGKILL)
 
-    _, alive = psutil.wait_procs(descendants, 2)
-    assert alive == []
+    assert still_running(descendants, 2) == []
 
 
 def test_nothing_outlives_a_supervisor_killed_while_it_starts(pod: Supervised) -> None:
@@ -47,8 +47,7 @@ def test_nothing_outlives_a_supervisor_killed_while_it_starts(pod: Supervised) -
 
     os.kill(pod.pid, signal.SIGKILL)
 
-    _, alive = psutil.wait_procs(descendants, 2)
-    assert alive == []
+    assert still_running(descendants, 2) == []
     time.sleep(0.2)
     assert [process for process in psutil.process_iter(["cmdline"]) if str(pod.folder) in str(process.info)] == []
 

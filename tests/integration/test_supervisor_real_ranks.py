@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from support.checkpoints import make_checkpoint
+from support.ended import still_running
 from support.rank_gang import World, admission
 from support.supervised import METADATA, TOKEN, Supervised, stand_in_settings
 from tpmodel.v1 import worker_pb2 as pb
@@ -136,5 +137,4 @@ def test_nothing_outlives_a_killed_supervisor_of_real_ranks(pod: Supervised) -> 
 
     os.kill(pod.pid, signal.SIGKILL)
 
-    _, alive = psutil.wait_procs(descendants, 2)
-    assert alive == []
+    assert still_running(descendants, 2) == []
