@@ -10,7 +10,9 @@ import click
 
 from . import apiserver as apiserver_module
 from . import binaries as binaries_module
+from . import target
 from .errors import ClusterError
+from .local import NODES, LocalCluster
 
 
 class _Commands(click.Group):
@@ -26,6 +28,55 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 def main() -> None:
     """A real Kubernetes cluster on this machine, for tests."""
+
+
+@main.command()
+@click.option("--nodes", default=NODES, show_default=True, help="How many nodes.")
+@click.option("--images/--no-images", default=True, help="Whether nodes have the project's images.")
+def up(nodes: int, images: bool) -> None:
+    """Brings the cluster up, or up to date, and prints how to reach it."""
+    cluster = target.local(nodes=nodes) if images else LocalCluster(count=nodes)
+    was_up = cluster.folder.exists()
+    try:
+        cluster.up()
+        names = target.load_images(cluster) if images else ()
+    except KeyboardInterrupt:
+        # Half a cluster is of no use; one that was there before stays.
+        if not was_up:
+            cluster.down()
+        raise
+    for name in names:
+        click.echo(f"# has image {name}")
+    click.echo(f"export KUBECONFIG={cluster.kubeconfig}")
+
+
+@main.command()
+def down() -> None:
+    """Removes the cluster, whatever state it is in. Programs and images stay in the cache."""
+    LocalCluster().down()
+
+
+@main.command()
+def images() -> None:
+    """Builds the images of the code as it is now, loads them into the running cluster, and prints their names."""
+    for name in target.load_images(LocalCluster.running()):
+        click.echo(name)
+
+
+@main.command()
+def kubeconfig() -> None:
+    """Prints the path of the running cluster's kubeconfig."""
+    click.echo(LocalCluster.running().kubeconfig)
+
+
+@main.command()
+def status() -> None:
+    """Says which parts of the cluster run."""
+    cluster = LocalCluster.running()
+    for daemon in cluster.daemons():
+        click.echo(f"{daemon.log.parent.name}/{daemon.name}: {'runs' if daemon.running() else 'has ended'}")
+    waiting = cluster.not_ready()
+    click.echo(f"not Ready: {', '.join(waiting)}" if waiting else "every node is Ready")
 
 
 @main.command()

@@ -70,18 +70,8 @@ COREDNS = Program(name="coredns", package="github.com/coredns/coredns", version=
 KWOK = Program(name="kwok", package="sigs.k8s.io/kwok/cmd/kwok", version=KWOK_VERSION)
 
 API_PROGRAMS = (ETCD, APISERVER)
-ALL_PROGRAMS = (
-    *API_PROGRAMS,
-    KUBECTL,
-    HELM,
-    CONTROLLER_MANAGER,
-    SCHEDULER,
-    KUBELET,
-    PROXY,
-    PAUSE,
-    COREDNS,
-    KWOK,
-)
+CLUSTER_PROGRAMS = (*API_PROGRAMS, KUBECTL, CONTROLLER_MANAGER, SCHEDULER, KUBELET, PROXY, PAUSE, COREDNS)
+ALL_PROGRAMS = (*CLUSTER_PROGRAMS, HELM, KWOK)
 
 
 def path(program: Program) -> Path:

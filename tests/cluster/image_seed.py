@@ -1,0 +1,113 @@
+"""The disk that every node starts from: a containerd that has the images' large layers.
+
+Made once, then copied by hard links: a node costs no space and two seconds. Layers of images are never written to,
+only containerd's databases are, and those are copied for real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import archive, buildah, cache, images
+from .errors import ClusterError
+from .processes import Daemon, run
+from .waiting import wait_until
+
+LAYERS = "layers.json"
+"""Beside containerd's folder: the digests of the layers that it has."""
+START_SECONDS = 30.0
+IMPORT_SECONDS = 900.0
+
+
+def copy_to(disk: Path) -> None:
+    """Makes a node's disk from the seed; the folder appears when it is complete."""
+    seed = make()
+    unfinished = disk.with_name(f"{disk.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    disk.parent.mkdir(parents=True, exist_ok=True)
+    run(["cp", "--archive", "--link", str(seed), str(unfinished)])
+    for path in [*unfinished.rglob("*.db"), unfinished / LAYERS]:
+        shared = path.with_name(f"{path.name}.shared")
+        path.rename(shared)
+        shutil.copy2(shared, path)
+        shared.unlink()
+    unfinished.rename(disk)
+
+
+def make() -> Path:
+    """The seed for the current dependencies, made now if it is not there (minutes)."""
+    wanted = [image.dependencies() for image in images.ALL]
+    seed = cache.folder() / "seeds" / cache.content_key(wanted)
+    with cache.locked("seed"):
+        if not seed.exists():
+            print("making the disk that nodes start from", flush=True)
+            # Older ones first: two of them at a time would be many gigabytes.
+            shutil.rmtree(seed.parent, ignore_errors=True)
+            seed.parent.mkdir(parents=True)
+            unfinished = seed.with_name(f"{seed.name}.unfinished")
+            _fill(unfinished, wanted)
+            unfinished.rename(seed)
+    return seed
+
+
+def _fill(folder: Path, wanted: list[str]) -> None:
+    have: list[str] = []
+    with _containerd(folder / "containerd") as address:
+        for image in wanted:
+            have += _import(address, image, without=have)
+        for layer in have:
+            # Unpacked, a layer's archive is of no more use: half of the seed's size.
+            _ctr(address, "content", "rm", layer)
+    (folder / LAYERS).write_text(json.dumps(have))
+
+
+def _import(address: Path, image: str, *, without: list[str]) -> list[str]:
+    scratch = cache.folder() / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        exported = buildah.export(image, Path(folder), without=without)
+        command = ["ctr", f"--address={address}", "--namespace=k8s.io", "images", "import", "-"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as importer:
+            stream = importer.stdin
+            assert stream is not None
+            # Files go as soon as they are read: not both there and here.
+            with contextlib.suppress(BrokenPipeError):
+                archive.write(stream, name=image, manifest=exported.manifest, blobs=exported.blobs, consume=True)
+                stream.close()
+            output = importer.stdout.read().decode() if importer.stdout else ""
+        if importer.returncode != 0:
+            raise ClusterError(f"loading {image} failed:\n{output}")
+    return [layer for layer in exported.layers if layer not in without]
+
+
+@contextlib.contextmanager
+def _containerd(root: Path) -> Iterator[Path]:
+    """A containerd on this folder for as long as the block runs."""
+    root.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="tpmodel-seed-") as folder:
+        socket = Path(folder) / "containerd.sock"
+        configuration = Path(folder) / "containerd.toml"
+        configuration.write_text(
+            f'version = 2\nroot = "{root}"\nstate = "{folder}/state"\n'
+            'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+            f'[grpc]\naddress = "{socket}"\n'
+        )
+        daemon = Daemon(name="containerd", folder=Path(folder))
+        daemon.start(["containerd", "--config", str(configuration)], dies_with_parent=True)
+        try:
+            wait_until(socket.exists, what="containerd for the seed", seconds=START_SECONDS, explain=daemon.last_lines)
+            yield socket
+        finally:
+            daemon.stop()
+
+
+def _ctr(address: Path, *arguments: str) -> None:
+    run(["ctr", f"--address={address}", "--namespace=k8s.io", *arguments], seconds=IMPORT_SECONDS)

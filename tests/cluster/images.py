@@ -1,0 +1,134 @@
+"""The project's two images: named by the content they are made of, built when there is none of that content.
+
+Their large layers (system, torch and other packages) are an image of their own, `NAME-dependencies`, so that a change
+of code builds and loads a few hundred kilobytes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import base_image, buildah, cache
+
+ROOT = Path(__file__).parents[2]
+PREFIX = "localhost/tpmodel-test"
+SOURCES = (
+    "pyproject.toml",
+    "hatch_build.py",
+    "README.md",
+    "LICENSE",
+    ".dockerignore",
+    "protos",
+    "client",
+    "operator",
+    "worker",
+)
+"""What the Dockerfiles copy, beside requirements/; the same as in .dockerignore."""
+GENERATED = ("client/tpmodel/v1", "__pycache__", ".egg-info", ".so")
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+KEPT = 4
+"""Images of earlier code that stay, of each kind, so that going back to them takes no build."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """One of the project's images."""
+
+    kind: str
+
+    @property
+    def dockerfile(self) -> str:
+        """Relative to the repository's root."""
+        return f"Dockerfile.{self.kind}"
+
+    def dependencies(self) -> str:
+        """The image of its large layers, built if the storage does not have it."""
+        files = [ROOT / self.dockerfile, *(ROOT / "requirements").glob("*.txt")]
+        made = self._name("-dependencies", cache.files_key(ROOT, files, base_image.name(), _torch_backend()))
+        with cache.locked("images"):
+            if not buildah.exists(made):
+                print(f"building {made}: minutes, only when requirements or Dockerfile change", flush=True)
+                self._build(ROOT, made, target="dependencies")
+                self._forget("-dependencies", keep=[made])
+        return made
+
+    def build(self, source: Path = ROOT) -> str:
+        """The image of a source tree, built if the storage does not have it; returns its name."""
+        self.dependencies()
+        files = [source / self.dockerfile, *(source / "requirements").glob("*.txt"), *_sources(source)]
+        made = self._name("", cache.files_key(source, files, base_image.name(), _torch_backend()))
+        with cache.locked("images"):
+            if not buildah.exists(made):
+                print(f"building {made}", flush=True)
+                self._build(source, made)
+                self._forget("", keep=[made])
+        return made
+
+    def _name(self, suffix: str, key: str) -> str:
+        return f"{PREFIX}/{self.kind}{suffix}:{key}"
+
+    def _build(self, source: Path, name: str, *, target: str = "") -> None:
+        arguments = {"BASE_IMAGE": base_image.name()}
+        if self.kind == "worker":
+            arguments["TORCH_BACKEND"] = _torch_backend()
+        with tempfile.TemporaryDirectory() as folder:
+            environment = Path(folder) / "build_environment"
+            environment.write_text(_build_environment())
+            secrets = {"build_environment": environment}
+            if CERTIFICATES.exists():
+                secrets["certificates"] = CERTIFICATES
+            buildah.build(source, self.dockerfile, name=name, arguments=arguments, secrets=secrets, target=target)
+
+    def _forget(self, suffix: str, *, keep: list[str]) -> None:
+        """Removes older images of this name, but the newest few."""
+        repository = f"{PREFIX}/{self.kind}{suffix}"
+        count = 0 if suffix else KEPT
+        for old in [name for name in buildah.names(repository) if name not in keep][count:]:
+            buildah.call("rmi", old)
+
+
+WORKER = Image("worker")
+OPERATOR = Image("operator")
+ALL = (WORKER, OPERATOR)
+
+
+def _sources(source: Path) -> Iterator[Path]:
+    for name in SOURCES:
+        top = source / name
+        for path in [top] if top.is_file() else top.rglob("*"):
+            relative = str(path.relative_to(source))
+            if path.is_file() and not any(part in relative for part in GENERATED):
+                yield path
+
+
+def _torch_backend() -> str:
+    """The build of torch that scripts/setup found reachable: its own for processors, else the one with CUDA."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return "cpu" if version.endswith("+cpu") else ""
+
+
+def _build_environment() -> str:
+    """How this machine reaches packages, for the build and not for the image."""
+    values = {name: os.environ[name] for name in PROXIES if name in os.environ}
+    if CERTIFICATES.exists():
+        values |= dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE"), "/run/secrets/certificates")
+    index = _pip_setting("global.index-url")
+    if index:
+        values |= dict.fromkeys(("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), index)
+    return "".join(f"export {name}='{value}'\n" for name, value in values.items())
+
+
+def _pip_setting(name: str) -> str:
+    command = [sys.executable, "-m", "pip", "config", "get", name]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,100 @@
+"""Which cluster the tests use: this machine's own, a given one, or kind's where Docker runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import checkpoints, image_load, image_seed, images, kind
+from .errors import ClusterError
+from .kubectl import Kubectl
+from .local import NODES, LocalCluster
+from .node import Node
+
+CHOICE = "TPMODEL_TEST_CLUSTER"
+"""local (the default), existing or kind."""
+WORKER_IMAGE, OPERATOR_IMAGE = "TPMODEL_TEST_WORKER_IMAGE", "TPMODEL_TEST_OPERATOR_IMAGE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A cluster that is up and has the project's images."""
+
+    kubectl: Kubectl
+    worker_image: str
+    operator_image: str
+    local: LocalCluster | None = None
+    """The nodes and components, where they are ours to break."""
+    down: Callable[[], None]
+    """Removes what `up` made; nothing for an existing cluster."""
+
+
+def choice() -> str:
+    """What $TPMODEL_TEST_CLUSTER says."""
+    chosen = os.environ.get(CHOICE, "local")
+    if chosen not in ("local", "existing", "kind"):
+        raise ClusterError(f"{CHOICE} is {chosen!r}: set it to local, existing or kind")
+    return chosen
+
+
+def up(*, nodes: int = NODES) -> Target:
+    """Brings the chosen cluster up with the images of the code as it is now."""
+    chosen = choice()
+    if chosen == "existing":
+        return _existing()
+    if chosen == "kind":
+        return _kind(nodes)
+    cluster = local(nodes=nodes)
+    cluster.up()
+    worker, operator = load_images(cluster)
+    return Target(
+        kubectl=cluster.kubectl,
+        worker_image=worker,
+        operator_image=operator,
+        local=cluster,
+        down=cluster.down,
+    )
+
+
+def local(*, nodes: int = NODES) -> LocalCluster:
+    """This machine's own cluster, up or not, whose nodes start with the images' large layers and a checkpoint."""
+    return LocalCluster(count=nodes, prepare_disk=_prepare_disk)
+
+
+def load_images(cluster: LocalCluster) -> tuple[str, str]:
+    """Builds what has changed and loads it into every node; returns the worker's and the operator's names."""
+    names = [image.build() for image in (images.WORKER, images.OPERATOR)]
+    for name in names:
+        image_load.load(cluster.nodes, name)
+    return names[0], names[1]
+
+
+def _prepare_disk(node: Node) -> None:
+    image_seed.copy_to(node.disk)
+    checkpoints.place(node)
+
+
+def _existing() -> Target:
+    missing = [name for name in ("KUBECONFIG", WORKER_IMAGE, OPERATOR_IMAGE) if not os.environ.get(name)]
+    if missing:
+        raise ClusterError(
+            f"{CHOICE}=existing needs {', '.join(missing)} too; its nodes must be able to pull the images"
+        )
+    return Target(
+        kubectl=Kubectl(Path(os.environ["KUBECONFIG"])),
+        worker_image=os.environ[WORKER_IMAGE],
+        operator_image=os.environ[OPERATOR_IMAGE],
+        down=lambda: None,
+    )
+
+
+def _kind(nodes: int) -> Target:
+    if shutil.which("kind") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
+        raise ClusterError(f"{CHOICE}=kind needs kind and a running Docker")
+    kubeconfig = kind.up(nodes)
+    worker, operator = (kind.load(image.dockerfile) for image in (images.WORKER, images.OPERATOR))
+    return Target(kubectl=Kubectl(kubeconfig), worker_image=worker, operator_image=operator, down=kind.down)
