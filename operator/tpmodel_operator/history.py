@@ -22,7 +22,7 @@ class History:
         created = {record.name: record.created for record in observed.statefulsets}
         for gang in after.gangs:
             earlier = before.get(gang.name)
-            if earlier is not None and earlier.uid == gang.uid:
+            if earlier is not None and earlier.uid in ("", gang.uid):
                 self._compare(earlier, gang, created.get(gang.name), observed.now)
 
     def _compare(self, before: GangStatus, after: GangStatus, created: datetime | None, now: datetime) -> None:

@@ -58,6 +58,7 @@ class Observer:
         attempts: Attempts,
         tokens: Tokens,
         reports: Callable[[Key], Mapping[str, GangReport]],
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._kube = kube
         self._pods = pods
@@ -65,6 +66,7 @@ class Observer:
         self._attempts = attempts
         self._tokens = tokens
         self._reports = reports
+        self._now = now
         self._nodes: Remembered[NodeRecord] = Remembered(NODE_FRESH_SECONDS)
         self._claims: Remembered[tuple[str, ...]] = Remembered(CLAIM_FRESH_SECONDS)
 
@@ -81,7 +83,7 @@ class Observer:
         )
         return Observed(
             model=model,
-            now=datetime.now(UTC),
+            now=self._now(),
             # As they were when the rest was asked for; what changed meanwhile brings a pass of its own.
             statefulsets=stateful_sets,
             pods=pods,

@@ -1,0 +1,122 @@
+"""GangStatus of the leader pods: asked side by side, unknown when silent, and a pass only for news."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from support.api_objects import START, pod, worker
+from tpmodel.v1 import worker_pb2
+from tpmodel_operator import records
+from tpmodel_operator.gang_reports import AT_ONCE, GangReports, is_news, report_of
+from tpmodel_operator.observed import GangReport, PodRecord
+from tpmodel_operator.queue import Key
+from tpmodel_operator.store import Entry, Store
+
+REPORT = GangReport(gang="m-0-abcde", phase="Loading", epoch=1, ready_ranks=2, load_percent=10, time=START)
+
+
+def store_of(*names: str) -> Store[PodRecord]:
+    store: Store[PodRecord] = Store()
+    for name in names:
+        item = pod(name, model=name.partition("-")[0], podIP="10.0.0.1", containerStatuses=worker(running={}))
+        store.put(item["metadata"]["uid"], Entry(1, "default", records.pod(item)))
+    return store
+
+
+class Leaders:
+    """Answers by gang; no answer where there is none."""
+
+    def __init__(self, **answers: GangReport) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+        self.at_once = self.most = 0
+
+    async def __call__(self, leader: PodRecord) -> GangReport | None:
+        self.asked.append(leader.name)
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0.001)
+        self.at_once -= 1
+        return self.answers.get(leader.model)
+
+
+async def test_only_leader_pods_that_run_are_asked():
+    store = store_of("m-0-abcde-0", "m-0-abcde-1")
+    waiting = records.pod(pod("n-0-abcde-0", model="n"))
+    store.put("waiting", Entry(1, "default", waiting))
+    leaders = Leaders(m=REPORT)
+    await GangReports(store, changed=lambda key: None, ask=leaders).round()
+    assert leaders.asked == ["m-0-abcde-0"]
+
+
+async def test_news_bring_a_pass_and_repetitions_none():
+    told: list[Key] = []
+    leaders = Leaders(m=REPORT)
+    reports = GangReports(store_of("m-0-abcde-0"), changed=told.append, ask=leaders)
+    await reports.round()
+    await reports.round()
+    leaders.answers["m"] = replace(REPORT, load_percent=12)
+    await reports.round()
+    assert told == [Key("default", "m")]
+    leaders.answers["m"] = replace(REPORT, phase="Serving")
+    await reports.round()
+    assert len(told) == 2
+    assert reports.of(Key("default", "m"))["m-0-abcde"].phase == "Serving"
+
+
+async def test_a_silent_leader_is_unknown():
+    told: list[Key] = []
+    leaders = Leaders(m=REPORT)
+    reports = GangReports(store_of("m-0-abcde-0"), changed=told.append, ask=leaders)
+    await reports.round()
+    leaders.answers.clear()
+    await reports.round()
+    assert reports.of(Key("default", "m")) == {}
+    assert len(told) == 1
+
+
+async def test_a_leader_that_stays_silent_is_asked_less_often():
+    leaders = Leaders()
+    reports = GangReports(store_of("m-0-abcde-0"), changed=lambda key: None, ask=leaders)
+    for number in range(1, 28):
+        await reports.round(number)
+    assert len(leaders.asked) == 3 + 24 // 6
+
+
+async def test_many_are_asked_side_by_side_but_not_all_at_once():
+    leaders = Leaders()
+    store = store_of(*(f"m{number}-0-abcde-0" for number in range(3 * AT_ONCE)))
+    await GangReports(store, changed=lambda key: None, ask=leaders).round()
+    assert len(leaders.asked) == 3 * AT_ONCE
+    assert 1 < leaders.most <= AT_ONCE
+
+
+async def test_reports_of_gangs_that_are_gone_are_forgotten():
+    store = store_of("m-0-abcde-0")
+    reports = GangReports(store, changed=lambda key: None, ask=Leaders(m=REPORT))
+    await reports.round()
+    store.remove("uid-of-m-0-abcde-0")
+    await reports.round()
+    assert reports.of(Key("default", "m")) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "news"),
+    [
+        ({}, False),
+        ({"phase": "Serving"}, True),
+        ({"epoch": 2}, True),
+        ({"ready_ranks": 1}, True),
+        ({"load_percent": 14}, False),
+        ({"load_percent": 15}, True),
+    ],
+)
+def test_what_is_news(change: dict, news: bool):
+    assert is_news(REPORT, replace(REPORT, **change)) == news
+
+
+def test_an_answer_as_decisions_see_it():
+    engine = worker_pb2.EngineState(phase=worker_pb2.PHASE_SERVING, epoch=2**33, ready_ranks=4, load_percent=99.6)
+    report = report_of("m-0-abcde", worker_pb2.GangStatusResponse(engine=engine), START)
+    assert (report.phase, report.epoch, report.ready_ranks, report.load_percent) == ("Serving", 2**33, 4, 99)
