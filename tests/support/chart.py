@@ -20,7 +20,9 @@ Json = dict[str, Any]
 def helm(*arguments: str, given: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
     """Runs helm; the first time on a machine it is built, which takes minutes."""
     command = [str(binaries.path(binaries.HELM)), *arguments]
-    return subprocess.run(command, input=given, capture_output=True, text=True, check=check, timeout=120)
+    result = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120)
+    assert not check or result.returncode == 0, result.stderr
+    return result
 
 
 def template(

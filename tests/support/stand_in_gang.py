@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import grpc
 
 from support.stand_ins import note
@@ -28,6 +31,12 @@ class _GangService(worker_pb2_grpc.GangServiceServicer):
         )
         self._registered.append(request)
         return worker_pb2.RegisterResponse(instance_id=self._instance)
+
+    async def Follow(  # noqa: N802
+        self, request: worker_pb2.FollowRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.EngineState]:
+        yield worker_pb2.EngineState(instance_id=self._instance)
+        await asyncio.Event().wait()
 
     async def Drain(  # noqa: N802
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext

@@ -231,7 +231,7 @@ class Supervised:
         return self.process.poll() is not None
 
 
-METADATA = token_metadata(TOKEN)
+METADATA = (*token_metadata(TOKEN), ("tpmodel-attempt", "1"))
 READY_LINE = re.compile(
     r"^tpmodel: ready: grpc (\S+):(\d+) http http://(\S+):(\d+) model (\S+) tp (\d+) \((\d+\.\d) s\)$", re.MULTILINE
 )

@@ -1,4 +1,4 @@
-"""What the end of a process, a failed engine and a stalled load mean for the pod."""
+"""What the end of a process, and a failed engine mean for the pod."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tpmodel.v1 import worker_pb2
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.supervisor.lifecycle import (
     Ending,
-    ProgressWatch,
     RestartPolicy,
     judge_member,
     judge_refusal,
@@ -108,37 +107,3 @@ def test_ends_outside_the_window_are_forgotten() -> None:
     assert policy.pause(0) == 1
     assert policy.pause(60) == 1
     assert not policy.exhausted
-
-
-def test_a_load_is_stalled_after_the_deadline_without_a_byte() -> None:
-    watch = ProgressWatch(10)
-    state = worker_pb2.EngineState(phase=worker_pb2.PHASE_LOADING, load_total_bytes=100, ready_ranks=2)
-    assert watch.observe(state, 0) is None
-    state.load_done_bytes = 50
-    assert watch.observe(state, 9) is None
-    assert watch.observe(state, 18.9) is None
-    assert watch.observe(state, 19) == Ending(
-        ExitCode.RESTART_GANG, "no progress for 10 s: 50 of 100 bytes loaded, 2 ranks ready"
-    )
-
-
-def test_an_engine_that_never_reports_is_stalled_too() -> None:
-    watch = ProgressWatch(10)
-    assert watch.observe(None, 5) is None
-    assert watch.observe(None, 15) is not None
-
-
-def test_a_serving_world_needs_no_progress() -> None:
-    watch = ProgressWatch(10)
-    serving = worker_pb2.EngineState(phase=worker_pb2.PHASE_SERVING)
-    assert watch.observe(serving, 0) is None
-    assert watch.observe(serving, 1000) is None
-
-
-def test_the_clock_starts_again_when_a_world_forms_again() -> None:
-    watch = ProgressWatch(10)
-    forming = worker_pb2.EngineState(phase=worker_pb2.PHASE_FORMING)
-    watch.observe(forming, 0)
-    watch.observe(worker_pb2.EngineState(phase=worker_pb2.PHASE_SERVING), 5)
-    assert watch.observe(forming, 20) is None
-    assert watch.observe(forming, 30) is not None

@@ -13,7 +13,7 @@ import pytest
 
 from support.supervised import stand_in_settings
 from tpmodel_worker.settings import ServeSettings
-from tpmodel_worker.supervisor.configuration import ConfigurationError, check_devices, check_settings
+from tpmodel_worker.supervisor.configuration import ConfigurationError, check_devices, check_model, check_options
 from tpmodel_worker.supervisor.runtime import RuntimeFolderError, runtime_folder, write_settings_file
 
 
@@ -25,6 +25,13 @@ def test_more_ranks_than_cuda_devices_are_refused_with_both_numbers(tmp_path: Pa
     check_devices(settings, count_devices=lambda: 4)
 
 
+def test_only_the_ranks_of_this_pod_need_devices(tmp_path: Path) -> None:
+    settings = stand_in_settings(tmp_path, device="cuda", world_size=4, ranks_per_pod=2, pod_index=1)
+    check_devices(settings, count_devices=lambda: 2)
+    with pytest.raises(ConfigurationError, match="--ranks-per-pod 2: more ranks than the 1 CUDA devices here"):
+        check_devices(settings, {"ranks_per_pod": "--ranks-per-pod"}, count_devices=lambda: 1)
+
+
 def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_devices(stand_in_settings(tmp_path, world_size=4096))
@@ -34,12 +41,12 @@ def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, caplog: pytest.LogC
 def test_a_folder_without_config_json_is_named(tmp_path: Path) -> None:
     settings = dataclasses.replace(stand_in_settings(tmp_path), model_path=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigurationError, match="nowhere"):
-        check_settings(settings)
+        check_model(settings)
 
 
 def test_config_json_decides_the_context_length(tmp_path: Path) -> None:
-    assert check_settings(stand_in_settings(tmp_path)).max_model_len == 128
-    assert check_settings(stand_in_settings(tmp_path, max_model_len=64)).max_model_len == 64
+    assert check_model(stand_in_settings(tmp_path)).max_model_len == 128
+    assert check_model(stand_in_settings(tmp_path, max_model_len=64)).max_model_len == 64
 
 
 @pytest.mark.parametrize(
@@ -48,13 +55,17 @@ def test_config_json_decides_the_context_length(tmp_path: Path) -> None:
         ({"drain_timeout": -1.0}, "--drain-timeout -1.0"),
         ({"drain_timeout": float("nan")}, "--drain-timeout nan"),
         ({"communicator": "nccl"}, "--communicator nccl: --device cpu has shared_memory, gloo"),
+        (
+            {"communicator": "shared_memory", "ranks_per_pod": 1},
+            "--communicator shared_memory: --device cpu with 2 pods has gloo",
+        ),
         ({"max_model_len": 1}, "--max-model-len 1: a prompt and an answer need at least 2"),
         ({"max_model_len": 4096}, "max_model_len 4096 is more than the 128 positions"),
     ],
 )
 def test_an_option_that_cannot_work_is_named(tmp_path: Path, changes: dict[str, Any], explanation: str) -> None:
     with pytest.raises(ConfigurationError, match=explanation):
-        check_settings(stand_in_settings(tmp_path, **changes))
+        check_model(check_options(stand_in_settings(tmp_path, **changes)))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xfe\x00", b"[1]"])
@@ -62,11 +73,11 @@ def test_a_config_json_that_is_no_json_object_is_named(tmp_path: Path, content: 
     settings = stand_in_settings(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigurationError, match=rf"^{tmp_path}: config\.json.*JSON"):
-        check_settings(settings)
+        check_model(settings)
 
 
 def test_the_other_processes_are_told_a_definite_log_format(tmp_path: Path) -> None:
-    assert check_settings(stand_in_settings(tmp_path, log_format="auto")).log_format in ("json", "text")
+    assert check_options(stand_in_settings(tmp_path, log_format="auto")).log_format in ("json", "text")
 
 
 def test_the_runtime_folder_is_private_and_removed(tmp_path: Path) -> None:

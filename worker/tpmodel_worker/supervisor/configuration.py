@@ -7,13 +7,29 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import pynvml
 
 from tpmodel_worker.models.config import ConfigError, read_model_config
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor import linux
+
+Flags = Mapping[str, str]
+"""What the command line calls a setting, for messages that say what to change."""
+
+SERVE_FLAGS: Flags = MappingProxyType(
+    {
+        "world_size": "--tp",
+        "api_processes": "--api-processes",
+        "communicator": "--communicator",
+        "drain_timeout": "--drain-timeout",
+        "device": "--device",
+        "max_model_len": "--max-model-len",
+    }
+)
+"""Those of `tpmodel serve`."""
 
 _COMMUNICATORS = {"cpu": ("shared_memory", "gloo"), "cuda": ("nccl",)}
 _LEAST_CONTEXT = 2
@@ -26,21 +42,33 @@ class ConfigurationError(Exception):
     """The settings cannot work; the message names option and values."""
 
 
-def check_settings(settings: ServeSettings) -> ServeSettings:
-    """The settings with what config.json and the terminal decide filled in.
+def check_options(settings: ServeSettings, flags: Flags = SERVE_FLAGS) -> ServeSettings:
+    """Checks what needs no model; the settings with what the terminal decides filled in.
 
     Raises:
         ConfigurationError: no retry helps.
     """
     if settings.world_size < 1:
-        raise ConfigurationError(f"--tp {settings.world_size}: at least 1 rank is needed")
+        raise ConfigurationError(f"{flags['world_size']} {settings.world_size}: at least 1 rank is needed")
     if settings.api_processes < 1:
-        raise ConfigurationError(f"{settings.api_processes} api processes: at least 1 is needed")
+        raise ConfigurationError(f"{flags['api_processes']} {settings.api_processes}: at least 1 is needed")
     if not 0 <= settings.drain_timeout < math.inf:
-        raise ConfigurationError(f"--drain-timeout {settings.drain_timeout}: a number of seconds is needed")
-    if settings.communicator not in ("auto", *_COMMUNICATORS[settings.device]):
-        works = ", ".join(_COMMUNICATORS[settings.device])
-        raise ConfigurationError(f"--communicator {settings.communicator}: --device {settings.device} has {works}")
+        raise ConfigurationError(f"{flags['drain_timeout']} {settings.drain_timeout}: a number of seconds is needed")
+    _check_communicator(settings, flags)
+    check_devices(settings, flags)
+    log_format = settings.log_format
+    if log_format == "auto":
+        # Decided here, since the other processes write to pipes.
+        log_format = "text" if sys.stderr.isatty() else "json"
+    return dataclasses.replace(settings, log_format=log_format)
+
+
+def check_model(settings: ServeSettings, flags: Flags = SERVE_FLAGS) -> ServeSettings:
+    """Reads the checkpoint's config.json; the settings with what it decides filled in.
+
+    Raises:
+        ConfigurationError: no retry helps.
+    """
     try:
         model = read_model_config(
             settings.model_path, world_size=settings.world_size, max_model_len=settings.max_model_len
@@ -48,25 +76,36 @@ def check_settings(settings: ServeSettings) -> ServeSettings:
     except ConfigError as error:
         raise ConfigurationError(f"{settings.model_path}: {error}") from error
     if model.max_model_len < _LEAST_CONTEXT:
-        raise ConfigurationError(f"--max-model-len {model.max_model_len}: a prompt and an answer need at least 2")
-    check_devices(settings)
-    log_format = settings.log_format
-    if log_format == "auto":
-        # Decided here, since the other processes write to pipes.
-        log_format = "text" if sys.stderr.isatty() else "json"
-    return dataclasses.replace(settings, max_model_len=model.max_model_len, log_format=log_format)
+        flag = flags["max_model_len"]
+        raise ConfigurationError(f"{flag} {model.max_model_len}: a prompt and an answer need at least 2")
+    return dataclasses.replace(settings, max_model_len=model.max_model_len)
 
 
-def check_devices(settings: ServeSettings, *, count_devices: Callable[[], int] | None = None) -> None:
+def _check_communicator(settings: ServeSettings, flags: Flags) -> None:
+    chosen, flag = settings.communicator, flags["communicator"]
+    works = _COMMUNICATORS[settings.device]
+    if settings.pods > 1:
+        works = tuple(name for name in works if name != "shared_memory")
+    if chosen not in ("auto", *works):
+        where = f"{flags['device']} {settings.device}"
+        where += f" with {settings.pods} pods" if settings.pods > 1 else ""
+        raise ConfigurationError(f"{flag} {chosen}: {where} has {', '.join(works)}")
+
+
+def check_devices(
+    settings: ServeSettings, flags: Flags = SERVE_FLAGS, *, count_devices: Callable[[], int] | None = None
+) -> None:
     """Raises ConfigurationError when there are more ranks than CUDA devices; warns of more ranks than cores."""
+    ranks = len(settings.ranks_here)
     if settings.device == "cpu":
         cores = linux.available_cores()
-        if settings.world_size > cores:
-            _log.warning("%d ranks share %d cores: they will wait for each other", settings.world_size, cores)
+        if ranks > cores:
+            _log.warning("%d ranks share %d cores: they will wait for each other", ranks, cores)
         return
     devices = (count_devices or count_cuda_devices)()
-    if settings.world_size > devices:
-        raise ConfigurationError(f"--tp {settings.world_size}: more ranks than the {devices} CUDA devices here")
+    if ranks > devices:
+        flag = flags["ranks_per_pod" if settings.pods > 1 else "world_size"]
+        raise ConfigurationError(f"{flag} {ranks}: more ranks than the {devices} CUDA devices here")
 
 
 def count_cuda_devices() -> int:

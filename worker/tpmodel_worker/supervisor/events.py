@@ -36,8 +36,26 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """A worker pod was registered with its leader, for the first time."""
+
+    settings: ServeSettings
+    leader: str
+    """The leader pod's IP."""
+    seconds: float
+    """Since the supervisor started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Downloading:
+    """The checkpoint is being fetched."""
+
+    download: worker_pb2.Download
+
+
+@dataclass(frozen=True, slots=True)
 class Draining:
-    """Running streams are being finished; nothing new is taken."""
+    """Running streams are being finished, then the gang ends."""
 
     reason: str
 
@@ -49,5 +67,5 @@ class Ended:
     ending: Ending
 
 
-SupervisorEvent = Output | EngineStateChanged | Ready | Draining | Ended
+SupervisorEvent = Output | EngineStateChanged | Ready | Joined | Downloading | Draining | Ended
 EventListener = Callable[[SupervisorEvent], None]

@@ -106,6 +106,11 @@ class ForkedProcesses:
                 found.append(worker_pb2.RankAddress(rank=member.rank, pid=process.pid, port=process.port))
         return found
 
+    @property
+    def serving(self) -> int:
+        """How many of the ranks serve."""
+        return sum(member.serves for member in self._members.values() if member.rank != RENDEZVOUS_RANK)
+
     def rank_of(self, process: Process) -> int | None:
         """Which rank a process is or was; None for other processes."""
         names = {member.name: member.rank for member in self._members.values() if member.rank != RENDEZVOUS_RANK}

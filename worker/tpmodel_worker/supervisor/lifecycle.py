@@ -10,8 +10,10 @@ from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.logs import message_of
 from tpmodel_worker.supervisor.processes import ProcessExit
 
-_DRAINS = frozenset({worker_pb2.PHASE_DRAINING, worker_pb2.PHASE_DRAINED})
-_SERVED = _DRAINS | {worker_pb2.PHASE_SERVING, worker_pb2.PHASE_REBUILDING}
+DRAINS = frozenset({worker_pb2.PHASE_DRAINING, worker_pb2.PHASE_DRAINED})
+"""The gang takes leave."""
+SERVED = DRAINS | {worker_pb2.PHASE_SERVING, worker_pb2.PHASE_REBUILDING}
+"""A world has been built."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,9 @@ def judge_member(ended: ProcessExit, phase: worker_pb2.Phase.ValueType) -> Endin
     """
     if (refused := judge_refusal(ended)) is not None:
         return refused
-    if phase in _DRAINS and ended.code == ExitCode.DRAINED:
+    if phase in DRAINS and ended.code == ExitCode.DRAINED:
         return None
-    if phase in _SERVED:
+    if phase in SERVED:
         state = worker_pb2.Phase.Name(phase).removeprefix("PHASE_").lower()
         return Ending(ExitCode.RESTART_GANG, f"{ended.describe()} while the world was {state}")
     return None
@@ -88,26 +90,3 @@ def judge_state(state: worker_pb2.EngineState) -> Ending | None:
         return None
     code = ExitCode.CONFIGURATION if state.exit_code == ExitCode.CONFIGURATION else ExitCode.RESTART_GANG
     return Ending(code, state.cause or "the engine failed without naming a cause")
-
-
-@dataclass(slots=True)
-class ProgressWatch:
-    """Notices that a world that does not serve yet makes no progress any more."""
-
-    deadline_seconds: float
-    _last: tuple[int, int, int] | None = None
-    _since: float = 0.0
-
-    def observe(self, state: worker_pb2.EngineState | None, now: float) -> Ending | None:
-        """Looks at the engine's state (None: none came yet) at the time `now`."""
-        phase = state.phase if state is not None else worker_pb2.PHASE_UNSPECIFIED
-        if phase in _SERVED or phase == worker_pb2.PHASE_FAILED:
-            self._last = None
-            return None
-        seen = (phase, state.ready_ranks if state else 0, state.load_done_bytes if state else 0)
-        if seen != self._last:
-            self._last, self._since = seen, now
-        if now - self._since < self.deadline_seconds:
-            return None
-        done = f"{seen[2]} of {state.load_total_bytes if state else 0} bytes loaded, {seen[1]} ranks ready"
-        return Ending(ExitCode.RESTART_GANG, f"no progress for {self.deadline_seconds:.0f} s: {done}")

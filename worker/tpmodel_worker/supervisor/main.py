@@ -18,19 +18,32 @@ from tpmodel_worker import logs
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor import linux
-from tpmodel_worker.supervisor.configuration import ConfigurationError, check_settings
+from tpmodel_worker.supervisor.checkpoint import obtain_checkpoint
+from tpmodel_worker.supervisor.configuration import (
+    SERVE_FLAGS,
+    ConfigurationError,
+    Flags,
+    check_model,
+    check_options,
+)
+from tpmodel_worker.supervisor.download_state import DownloadFailedError
 from tpmodel_worker.supervisor.entries import EntryPoints
 from tpmodel_worker.supervisor.events import Ended, EventListener
+from tpmodel_worker.supervisor.leader import LeaderPod
 from tpmodel_worker.supervisor.lifecycle import Ending
 from tpmodel_worker.supervisor.pod import Pod
 from tpmodel_worker.supervisor.ports import PortError, reserved_ports
-from tpmodel_worker.supervisor.runtime import RuntimeFolderError, runtime_folder, write_settings_file
+from tpmodel_worker.supervisor.runtime import RuntimeFolderError, runtime_folder
+from tpmodel_worker.supervisor.status import HealthPort
 from tpmodel_worker.supervisor.terminal import Terminal
+from tpmodel_worker.supervisor.worker_pod import WorkerPod
 
 _log = logging.getLogger(__name__)
 
 TERMINATION_LOG = Path("/dev/termination-log")
 """Kubernetes makes this file and shows what is written there."""
+_LONGEST_MESSAGE = 4096
+"""Bytes; Kubernetes keeps no more."""
 
 
 async def run_supervisor(
@@ -38,6 +51,7 @@ async def run_supervisor(
     *,
     on_event: EventListener,
     entries: EntryPoints | None = None,
+    flags: Flags = SERVE_FLAGS,
     termination_log: Path = TERMINATION_LOG,
 ) -> ExitCode:
     """Runs a pod until it is told to end or has to; afterwards none of its processes lives.
@@ -48,20 +62,19 @@ async def run_supervisor(
         settings: as the command line gave them; ports may be 0.
         on_event: told what happens.
         entries: what the processes run; None: the real ones.
+        flags: how the command line calls the settings.
         termination_log: where the cause is written, when the file exists.
     """
     linux.become_subreaper()
     try:
-        settings = check_settings(settings)
+        settings = check_options(settings, flags)
         with reserved_ports(settings) as settings, runtime_folder(settings) as settings:
-            pod = Pod(settings, write_settings_file(settings), entries or EntryPoints(), on_event)
-            with _signals(pod):
-                ending = await pod.run()
+            ending = await _Life(settings, entries or EntryPoints(), flags, on_event).run()
     except (ConfigurationError, PortError, RuntimeFolderError) as error:
         ending = Ending(ExitCode.CONFIGURATION, str(error))
     on_event(Ended(ending))
     if ending.code is not ExitCode.DRAINED:
-        _write_termination_message(termination_log, ending.cause)
+        write_termination_message(termination_log, ending.cause)
     return ending.code
 
 
@@ -72,35 +85,81 @@ def serve(settings: ServeSettings, *, entries: EntryPoints | None = None) -> int
     return int(asyncio.run(run_supervisor(settings, on_event=terminal.on_event, entries=entries)))
 
 
-@contextlib.contextmanager
-def _signals(pod: Pod) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
+class _Life:
+    """The checkpoint's way into the pod, then the pod; and what signals mean meanwhile."""
 
-    def interrupt() -> None:
-        if pod.draining:
-            pod.interrupt()
-        else:
-            pod.drain("SIGINT")
+    def __init__(self, settings: ServeSettings, entries: EntryPoints, flags: Flags, on_event: EventListener) -> None:
+        self._settings = settings
+        self._entries = entries
+        self._flags = flags
+        self._on_event = on_event
+        self._pod: Pod | None = None
+        self._asked: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
 
-    handlers: dict[signal.Signals, Callable[[], None]] = {
-        signal.SIGTERM: lambda: pod.drain("SIGTERM"),
-        signal.SIGINT: interrupt,
-        signal.SIGCHLD: pod.reap_orphans,
-    }
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
-        handlers[signal.SIGHUP] = lambda: pod.drain("SIGHUP")
-    for number, handler in handlers.items():
-        loop.add_signal_handler(number, handler)
-    try:
-        yield
-    finally:
-        for number in handlers:
-            loop.remove_signal_handler(number)
-
-
-def _write_termination_message(path: Path, cause: str) -> None:
-    if path.exists() and os.access(path, os.W_OK):
+    async def run(self) -> Ending:
+        """Lives; returns why it ended. Raises ConfigurationError."""
+        # Probes are answered from the start: a download may take an hour.
+        health = HealthPort(self._settings)
+        await health.start()
         try:
-            path.write_text(cause)
+            with self._signals():
+                settings = await self._obtain(health)
+                if settings is None:
+                    return self._asked.result()
+                made = LeaderPod if settings.leads else WorkerPod
+                self._pod = made(settings, self._entries, self._on_event, health)
+                return await self._pod.run()
+        except DownloadFailedError as error:
+            return Ending(ExitCode.RESTART_GANG, str(error))
+        finally:
+            await health.stop()
+
+    async def _obtain(self, health: HealthPort) -> ServeSettings | None:
+        """The settings with the checkpoint's folder and what it decides; None: asked to end before that."""
+        fetching = asyncio.create_task(obtain_checkpoint(self._settings, health, self._on_event))
+        await asyncio.wait({fetching, self._asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not fetching.done():
+            fetching.cancel()
+            await asyncio.wait({fetching})
+            return None
+        return check_model(fetching.result(), self._flags)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        handlers: dict[signal.Signals, Callable[[], None]] = {
+            signal.SIGTERM: lambda: self._drain("SIGTERM"),
+            signal.SIGINT: self._interrupt,
+            signal.SIGCHLD: lambda: self._pod.reap_orphans() if self._pod is not None else None,
+        }
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+            handlers[signal.SIGHUP] = lambda: self._drain("SIGHUP")
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            yield
+        finally:
+            for number in handlers:
+                loop.remove_signal_handler(number)
+
+    def _drain(self, reason: str) -> None:
+        if self._pod is not None:
+            self._pod.drain(reason)
+        elif not self._asked.done():
+            self._asked.set_result(Ending(ExitCode.DRAINED, f"drained: {reason}"))
+
+    def _interrupt(self) -> None:
+        if self._pod is not None and self._pod.draining:
+            self._pod.interrupt()
+        else:
+            self._drain("SIGINT")
+
+
+def write_termination_message(path: Path, cause: str) -> None:
+    """Leaves the cause for Kubernetes, which shows it in the container's status; nothing where there is no file."""
+    if path.exists() and os.access(path, os.W_OK):
+        text = cause.encode()[:_LONGEST_MESSAGE].decode(errors="ignore")
+        try:
+            path.write_text(text)
         except OSError as error:
             _log.warning("%s: %s", path, error)

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from tpmodel_worker.settings import ServeSettings
 
 # Setting, option and whether it listens where clients come in (host) or inside the gang (address).
-_PORTS = (
+_EVERY_POD = (
+    ("health_port", "--health-port", True),
+    ("metrics_port", "--metrics-port", True),
+)
+_LEADER_POD = (
     ("port", "--port", True),
     ("http_port", "--http-port", True),
     ("control_port", "--control-port", False),
-    ("health_port", "--health-port", True),
-    ("metrics_port", "--metrics-port", True),
+    *_EVERY_POD,
 )
 
 
@@ -37,10 +40,11 @@ def reserved_ports(settings: ServeSettings) -> Iterator[ServeSettings]:
     """
     with contextlib.ExitStack() as held:
         numbers: dict[str, int] = {}
-        for name, option, faces_clients in _PORTS:
+        ports = _LEADER_POD if settings.leads else _EVERY_POD
+        for name, option, faces_clients in ports:
             host = settings.host if faces_clients else settings.address
             port = getattr(settings, name)
-            for other_name, other_option, _ in _PORTS:
+            for other_name, other_option, _ in ports:
                 if port and numbers.get(other_name) == port:
                     raise PortError(f"{other_option} and {option} are both {port}: give each a port of its own")
             reservation = _reserve(host, port, option)

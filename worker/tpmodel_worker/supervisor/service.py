@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NoReturn, Protocol
 
 import grpc
@@ -12,9 +12,12 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
+from tpmodel_worker import attempts
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.settings import ServeSettings
+from tpmodel_worker.supervisor.lifecycle import Ending
 from tpmodel_worker.supervisor.memory import ArenaError, MemoryHolder
 from tpmodel_worker.supervisor.processes import Process, ProcessTable
 from tpmodel_worker.supervisor.status import process_statuses
@@ -50,10 +53,23 @@ class Ranks(Protocol):
 
 
 class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
-    """Implements the service over the pod's ranks, process table and memory."""
+    """Implements the service over the pod's ranks, process table and memory.
 
-    def __init__(self, settings: ServeSettings, ranks: Ranks, table: ProcessTable, memory: MemoryHolder) -> None:
+    Every call names the caller's attempt (attempts.METADATA). A lower one is refused: its engine should be gone.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        ranks: Ranks,
+        table: ProcessTable,
+        memory: MemoryHolder,
+        *,
+        end_pod: Callable[[Ending], None],
+    ) -> None:
+        """end_pod: called when a caller is of a higher attempt, which this pod is then not part of."""
         self._settings = settings
+        self._end_pod = end_pod
         self._ranks = ranks
         self._table = table
         self._memory = memory
@@ -62,6 +78,7 @@ class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
         self, request: worker_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WatchResponse]:
         """The present state as events, then what happens."""
+        await self._check_attempt(context)
         queue: asyncio.Queue[worker_pb2.WatchResponse] = asyncio.Queue(_WATCH_QUEUE)
         lagging = asyncio.Event()
 
@@ -88,6 +105,7 @@ class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
         self, request: worker_pb2.RespawnRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.RespawnResponse:
         """Replaces the rank's process; answers once the new one said hello."""
+        await self._check_attempt(context)
         try:
             process = await self._ranks.respawn(request.rank, request.epoch)
         except KeyError:
@@ -103,6 +121,7 @@ class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
         self, request: worker_pb2.KillRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.KillResponse:
         """SIGKILLs the rank unless it is another process by now."""
+        await self._check_attempt(context)
         try:
             return worker_pb2.KillResponse(killed=await self._ranks.kill(request.rank, request.pid))
         except KeyError:
@@ -112,6 +131,7 @@ class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
         self, request: worker_pb2.GetSupervisorStatusRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.GetSupervisorStatusResponse:
         """Processes and arenas of the pod."""
+        await self._check_attempt(context)
         return worker_pb2.GetSupervisorStatusResponse(
             pod=self._settings.pod_uid,
             attempt=self._settings.attempt,
@@ -123,10 +143,26 @@ class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
         self, request: worker_pb2.ReleaseMemoryRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ReleaseMemoryResponse:
         """Lets go of an arena; 0 bytes where none was held."""
+        await self._check_attempt(context)
         try:
             return worker_pb2.ReleaseMemoryResponse(bytes=self._memory.release(request.arena))
         except ArenaError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _check_attempt(self, context: grpc.aio.ServicerContext) -> None:
+        # Not in an interceptor: there it would be asked before the token is.
+        mine = self._settings.attempt
+        theirs = attempts.read_attempt(dict(context.invocation_metadata() or ()).get(attempts.METADATA))
+        if theirs is None:
+            message = f"the call's metadata has no {attempts.METADATA}"
+        elif theirs < mine:
+            message = f"the engine is of attempt {theirs}, this pod of attempt {mine}: it is not obeyed"
+        elif theirs > mine:
+            message = f"the gang is at attempt {theirs}, this pod is of attempt {mine}"
+            self._end_pod(Ending(ExitCode.RESTART_GANG, f"{attempts.STALE}{message}"))
+        else:
+            return
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
 
     async def _no_such_rank(self, rank: int, context: grpc.aio.ServicerContext) -> NoReturn:
         await context.abort(grpc.StatusCode.NOT_FOUND, f"rank {rank} does not belong to pod {self._settings.pod_uid}")

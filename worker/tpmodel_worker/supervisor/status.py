@@ -42,13 +42,14 @@ class StatusServicer(worker_pb2_grpc.StatusServiceServicer):
 
 
 class HealthPort:
-    """The server behind Kubernetes' probes and `tpmodel status`."""
+    """The server behind Kubernetes' probes and `tpmodel status`; serves from before the download to the end."""
 
-    def __init__(self, settings: ServeSettings, status: Callable[[], worker_pb2.GangStatusResponse]) -> None:
+    def __init__(self, settings: ServeSettings) -> None:
+        self._status: Callable[[], worker_pb2.GangStatusResponse] = worker_pb2.GangStatusResponse
         self._health = HealthServicer()
         self._server = grpc.aio.server()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        worker_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(status), self._server)
+        worker_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(self._answer), self._server)
         reflection.enable_server_reflection(
             (_STATUS_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
             self._server,
@@ -61,6 +62,13 @@ class HealthPort:
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self.set_ready(False)
         await self._server.start()
+
+    def show(self, status: Callable[[], worker_pb2.GangStatusResponse]) -> None:
+        """What GangStatus answers from now on."""
+        self._status = status
+
+    def _answer(self) -> worker_pb2.GangStatusResponse:
+        return self._status()
 
     async def set_ready(self, ready: bool) -> None:
         """What tpmodel.v1.Ready answers from now on."""

@@ -19,7 +19,16 @@ from tqdm import tqdm
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.settings import ServeSettings
-from tpmodel_worker.supervisor.events import Draining, Ended, EngineStateChanged, Output, Ready, SupervisorEvent
+from tpmodel_worker.supervisor.events import (
+    Downloading,
+    Draining,
+    Ended,
+    EngineStateChanged,
+    Joined,
+    Output,
+    Ready,
+    SupervisorEvent,
+)
 from tpmodel_worker.supervisor.output import label
 
 _LINE_SECONDS = 5.0
@@ -58,6 +67,11 @@ class Terminal:
                 with _reader_may_be_gone(sys.stdout):
                     sys.stdout.write(ready_line(settings, seconds) + "\n")
                     sys.stdout.flush()
+            case Joined(settings, leader, seconds):
+                ranks = ", ".join(str(rank) for rank in settings.ranks_here)
+                self._say(f"joined the gang: rank {ranks} of {settings.world_size}, leader {leader} ({seconds:.1f} s)")
+            case Downloading(download):
+                self._show_bytes("downloading", download.done_bytes, download.total_bytes, download.waiting_for)
             case Draining(reason):
                 self._close_bar()
                 self._say(f"{reason}: finishing running requests")
@@ -66,17 +80,21 @@ class Terminal:
                 self._say(f"ended: {ending.cause}")
 
     def _show_progress(self, state: worker_pb2.EngineState) -> None:
-        if state.phase != worker_pb2.PHASE_LOADING or not state.load_total_bytes:
+        if state.phase == worker_pb2.PHASE_LOADING and state.load_total_bytes:
+            self._show_bytes("loading", state.load_done_bytes, state.load_total_bytes)
+        else:
             self._close_bar()
-        elif self._is_terminal:
+
+    def _show_bytes(self, what: str, done: int, total: int, waiting_for: str = "") -> None:
+        if self._is_terminal:
             if self._bar is None:
-                self._bar = tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, leave=False)
-            self._bar.total = state.load_total_bytes
-            self._bar.update(state.load_done_bytes - self._bar.n)
+                self._bar = tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_SECONDS
-            done, total = state.load_done_bytes, state.load_total_bytes
-            self._say(f"loading: {done} of {total} bytes ({state.load_percent:.0f}%)")
+            waits = f", waiting for {waiting_for}" if waiting_for else ""
+            self._say(f"{what}: {done} of {total} bytes ({100.0 * done / max(total, 1):.0f}%){waits}")
 
     def _close_bar(self) -> None:
         if self._bar is not None:
