@@ -1,20 +1,20 @@
 """TPModel, as users write it and read it: the one source of the CRD, its defaults, bounds and descriptions.
 
-Python names are snake_case, in YAML they are camelCase. The spec is in api_spec.py, the status in api_status.py.
-Rules between fields that the API server can check are CEL, in rules.py; what only the operator can see is refused by
-acceptance.py.
+Python names are snake_case, in YAML they are camelCase. The spec is in api_spec.py and api_model.py, the status in
+api_status.py. Rules between fields that the API server can check are CEL, in rules.py; what only the operator can see
+is refused by acceptance.py.
 """
 
 from __future__ import annotations
 
 from pydantic import ConfigDict
 
+from tpmodel_operator.api_model import ModelSource
 from tpmodel_operator.api_spec import (
     Auth,
     Cache,
     EnvironmentVariable,
     ImageSpec,
-    ModelSource,
     Network,
     PodTemplate,
     Recovery,
@@ -22,7 +22,6 @@ from tpmodel_operator.api_spec import (
     Resources,
     Rollout,
     Scheduling,
-    SecretKey,
     ServiceSpec,
     TPModelSpec,
 )
@@ -36,7 +35,7 @@ from tpmodel_operator.api_status import (
     Restart,
     TPModelStatus,
 )
-from tpmodel_operator.api_types import FreeForm, Model
+from tpmodel_operator.api_types import FreeForm, Model, SecretKey
 
 GROUP = "tpmodel.dev"
 VERSION = "v1alpha1"

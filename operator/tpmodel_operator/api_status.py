@@ -181,5 +181,5 @@ class TPModelStatus(StatusModel):
     """What gRPC clients in the cluster dial."""
     state: StatusText = ""
     """One word for the STATUS column."""
-    gangs: Annotated[list[GangStatus], Field(max_length=1000, json_schema_extra=keyed_by("name"))] = []
+    gangs: Annotated[list[GangStatus], Field(max_length=4096, json_schema_extra=keyed_by("name"))] = []
     """Each gang."""

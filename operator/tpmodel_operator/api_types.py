@@ -146,3 +146,12 @@ StatusText = Annotated[str, _clipped(LONGEST_TEXT), Field(max_length=LONGEST_TEX
 
 Message = Annotated[str, _clipped(LONGEST_MESSAGE), Field(max_length=LONGEST_MESSAGE)]
 """Cut where it is too long."""
+
+
+class SecretKey(Model):
+    """One key of a Secret in the TPModel's namespace."""
+
+    name: Name
+    """Name of the Secret."""
+    key: Annotated[str, Field(min_length=1, max_length=253)]
+    """Key whose value is taken."""

@@ -1,0 +1,96 @@
+"""spec.model of a TPModel: which checkpoint is served, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tpmodel_operator.api_types import LONGEST_TEXT, Model, SecretKey, Text, checked, must
+from tpmodel_operator.engine_options import OPTION_RULES
+
+ModelUri = Annotated[
+    str,
+    Field(
+        max_length=LONGEST_TEXT,
+        json_schema_extra=checked(
+            must(
+                "self.startsWith('hf://') || self.startsWith('pvc://') || self.startsWith('file://') || "
+                "self.startsWith('oci://')",
+                "write hf://organisation/name, pvc://claim/path, file:///path (a folder of the node) or "
+                "oci://registry/image:tag",
+            ),
+            must(
+                "!self.startsWith('hf://') || "
+                "self.matches('^hf://[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*$')",
+                "write hf://organisation/name, such as hf://Qwen/Qwen3-8B; a branch, tag or commit goes into revision",
+            ),
+            must(
+                "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
+                "write pvc://claim/path, where claim is a PersistentVolumeClaim in this namespace",
+            ),
+            must(
+                "!self.startsWith('file://') || self.matches('^file:///[^/].*$')",
+                "write file:///path with three slashes: an absolute folder of the node, not its root",
+            ),
+            must(
+                r"!self.startsWith('oci://') || self.matches('^oci://[A-Za-z0-9][^\\s]*$')",
+                "write oci://registry/image:tag or oci://registry/image@sha256:digest",
+            ),
+            must(r"!self.matches('/\\.\\.?(/|$)')", "leave '.' and '..' parts out of the path"),
+        ),
+    ),
+]
+
+Revision = Annotated[
+    str,
+    Field(
+        max_length=255,
+        json_schema_extra=checked(
+            must("self.matches('^[-A-Za-z0-9._/]*$')", "write a branch, tag or commit of the repository, such as main")
+        ),
+    ),
+]
+
+EngineOptions = Annotated[
+    dict[str, Annotated[str, Field(max_length=64)]],
+    Field(max_length=32, json_schema_extra=checked(*OPTION_RULES)),
+]
+
+
+class ModelSource(Model):
+    """Which checkpoint is served, and how."""
+
+    uri: ModelUri
+    """Where the checkpoint (config.json, tokenizer, safetensors) is: hf://organisation/name is downloaded from the
+    hub into the cache; pvc://claim/path is a folder of a PersistentVolumeClaim of this namespace; file:///path is a
+    folder of the node (only under prefixes that the operator's administrator allows); oci://image is an image volume.
+    Changing it is a rollout."""
+    revision: Revision = ""
+    """For hf:// only: branch, tag or commit; left out: the repository's default branch. It is resolved to a commit
+    once per rollout, so that all gangs of a rollout serve the same weights."""
+    secret_ref: SecretKey | None = None
+    """For hf:// only: the Secret key with the hub's token, for gated and private repositories."""
+    served_name: Text = ""
+    """The model's name in the APIs. Left out: the last part of uri."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of weights and computation; auto: what the checkpoint says."""
+    quantization: Literal["none"] = "none"
+    """Quantization of the weights; none is the only value so far."""
+    max_model_len: int = Field(
+        default=0,
+        ge=0,
+        le=16_777_216,
+        json_schema_extra=checked(
+            must("self != 1", "a prompt and an answer need at least 2 tokens: write 2 or more, or leave it out")
+        ),
+    )
+    """Longest context, tokens of prompt and output together; 0: what the checkpoint says."""
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """dummy makes random weights from config.json alone, for tests of capacity and networks."""
+    engine_options: EngineOptions = {}
+    """Settings of the engine by name; values are strings. max_num_seqs (64): requests that run at once.
+    max_num_batched_tokens (2048): most tokens of one step. block_size (16): tokens in a block of the KV cache.
+    kv_cache_memory: KV cache of each rank, such as 2Gi; left out: what is free. prefix_cache (true). queue_limit
+    (1024): requests that may wait. api_processes (1): processes that face clients. communicator (auto, shared_memory,
+    gloo, nccl). step_deadline (30): least seconds before a step counts as hung. dummy_seed: for loadFormat dummy."""
