@@ -112,6 +112,8 @@ class Daemon:
         """SIGKILL, and waits until its whole group is gone."""
         self.signal(signal.SIGKILL)
         wait_until(lambda: not self.members(), what=f"end of {self.name}", seconds=STOP_SECONDS)
+        # A zombie whose threads have not ended yet still holds its ports.
+        self.wait()
         self._record.unlink(missing_ok=True)
 
     def stop(self, *, grace: float = STOP_SECONDS) -> None:
