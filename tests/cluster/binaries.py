@@ -76,21 +76,25 @@ ALL_PROGRAMS = (*CLUSTER_PROGRAMS, HELM, KWOK)
 
 def path(program: Program) -> Path:
     """The program, built now if the cache does not have it. Minutes the first time."""
-    built = cache.folder() / "binaries" / _key(program) / program.name
+    built = _built(program)
     if built.exists():
         return built
     with cache.locked("binaries"):
         if not built.exists():
             _build(program, built)
+            if all(_built(other).exists() for other in ALL_PROGRAMS):
+                # The compiler's intermediate files take gigabytes, and nothing is left to build.
+                shutil.rmtree(_compiler_cache(), ignore_errors=True)
     return built
 
 
 def ensure(programs: tuple[Program, ...] = ALL_PROGRAMS) -> list[Path]:
-    """All of them; the compiler's intermediate files (gigabytes) go once nothing is left to build."""
-    paths = [path(program) for program in programs]
-    if programs == ALL_PROGRAMS:
-        shutil.rmtree(_compiler_cache(), ignore_errors=True)
-    return paths
+    """The paths of several programs."""
+    return [path(program) for program in programs]
+
+
+def _built(program: Program) -> Path:
+    return cache.folder() / "binaries" / _key(program) / program.name
 
 
 def _key(program: Program) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import archive, cache, debian
-from .errors import ClusterError
+from . import cache, debian
 from .processes import run
 
 BUILD_SECONDS = 1800.0
@@ -25,7 +24,7 @@ class Exported:
     blobs: dict[str, Path]
     """Digest -> file, of the configuration and of those layers that were not left out."""
     layers: tuple[str, ...]
-    """Digests of all its layers, lowest first; of uncompressed archives, so they are the same in every image."""
+    """Digests of all its layers' uncompressed archives, lowest first: the same for equal layers of other images."""
 
 
 def command(*arguments: str) -> list[str]:
@@ -82,27 +81,35 @@ def build(
     call("bud", *options, str(source), seconds=BUILD_SECONDS)
 
 
-def export(image: str, folder: Path, *, without: Iterable[str] = ()) -> Exported:
-    """Writes an image's parts into the folder, but for the layers in `without`, which the reader has."""
+def export(image: str, folder: Path) -> Exported:
+    """Writes an image's parts into an empty folder; layers as they are, since compressing gigabytes takes minutes."""
+    call("push", "--quiet", "--disable-compression", image, f"dir:{folder}", seconds=PUSH_SECONDS)
+    return _exported((folder / "manifest.json").read_bytes(), folder, without=())
+
+
+def export_new_layers(image: str, folder: Path, *, without: Iterable[str]) -> Exported:
+    """Writes an image's parts into an empty folder, but for the layers in `without`, which the reader has."""
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
     left_out = set(without)
-    folder.mkdir(parents=True, exist_ok=True)
     for layer, size in _layer_sizes().items():
         if layer in left_out:
             # A file of this name and size is taken for the layer, written before; it costs no space and no time.
-            with _blob(folder, layer).open("wb") as placeholder:
+            with _blob(blobs, layer).open("wb") as placeholder:
                 placeholder.truncate(size)
-    # The one kind of folder into which buildah writes layers as they are; compressing gigabytes takes minutes.
-    call("push", "--quiet", "--disable-compression", "--format=oci", image, f"dir:{folder}", seconds=PUSH_SECONDS)
-    manifest = (folder / "manifest.json").read_bytes()
+    call("push", "--quiet", image, f"oci:{folder}:it", seconds=PUSH_SECONDS)
+    index = json.loads((folder / "index.json").read_text())
+    manifest = _blob(blobs, index["manifests"][0]["digest"]).read_bytes()
+    return _exported(manifest, blobs, without=left_out)
+
+
+def _exported(manifest: bytes, blobs: Path, *, without: Iterable[str]) -> Exported:
     parts = json.loads(manifest)
-    if any(layer["mediaType"] != archive.LAYER for layer in parts["layers"]):
-        raise ClusterError(f"buildah has compressed a layer of {image}")
-    layers = tuple(layer["digest"] for layer in parts["layers"])
-    written = [parts["config"]["digest"], *(layer for layer in layers if layer not in left_out)]
+    configuration = parts["config"]["digest"]
+    layers = tuple(json.loads(_blob(blobs, configuration).read_text())["rootfs"]["diff_ids"])
+    new = [part["digest"] for layer, part in zip(layers, parts["layers"], strict=True) if layer not in without]
     return Exported(
-        manifest=manifest,
-        blobs={digest: _blob(folder, digest) for digest in written},
-        layers=layers,
+        manifest=manifest, blobs={digest: _blob(blobs, digest) for digest in (configuration, *new)}, layers=layers
     )
 
 

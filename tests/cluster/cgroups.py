@@ -13,8 +13,15 @@ REMOVE_SECONDS = 10.0
 CPUSET_FILES = ("cpuset.cpus", "cpuset.mems")
 
 
-def hierarchies() -> list[Path]:
-    """Where this machine has mounted them: one for each controller (version 1), else the one of version 2."""
+def used() -> list[Path]:
+    """The hierarchies in which kubelet wants a group: one for each controller (version 1), else that of version 2."""
+    version_1, version_2 = _mounted()
+    if not (version_1 or version_2):
+        raise ClusterError("no control groups are mounted: kubelet needs them")
+    return version_1 or version_2
+
+
+def _mounted() -> tuple[list[Path], list[Path]]:
     version_1: list[Path] = []
     version_2: list[Path] = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -23,14 +30,12 @@ def hierarchies() -> list[Path]:
             version_1.append(Path(point))
         elif kind == "cgroup2":
             version_2.append(Path(point))
-    if not (version_1 or version_2):
-        raise ClusterError("no control groups are mounted: kubelet needs them")
-    return version_1 or version_2
+    return version_1, version_2
 
 
 def create(node: str) -> str:
     """Makes a node's group and returns its name, as kubelet's cgroupRoot wants it."""
-    for hierarchy in hierarchies():
+    for hierarchy in used():
         group = hierarchy / TOP / node
         group.mkdir(parents=True, exist_ok=True)
         for made in (group.parent, group):
@@ -54,18 +59,16 @@ def _enable(group: Path) -> None:
 
 def remove() -> None:
     """Removes all groups of the cluster; their processes must have ended."""
-    for hierarchy in hierarchies():
-        _remove_tree(hierarchy / TOP)
+    for group in left():
+        _remove_tree(group)
 
 
 def left() -> list[Path]:
-    """Groups that are still there."""
-    return [hierarchy / TOP for hierarchy in hierarchies() if (hierarchy / TOP).exists()]
+    """Groups that are still there; runc makes some in a version 2 beside version 1 too."""
+    return [hierarchy / TOP for mounted in _mounted() for hierarchy in mounted if (hierarchy / TOP).exists()]
 
 
 def _remove_tree(top: Path) -> None:
-    if not top.exists():
-        return
     groups = [path for path in top.rglob("*") if path.is_dir()]
     for group in [*sorted(groups, key=lambda path: len(path.parts), reverse=True), top]:
         _remove(group)

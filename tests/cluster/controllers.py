@@ -40,6 +40,8 @@ class Controllers:
             f"--cluster-signing-cert-file={self.api.authority.certificate.certificate}",
             f"--cluster-signing-key-file={self.api.authority.certificate.key}",
             "--use-service-account-credentials",
+            # Its default is a folder of the whole machine, which it makes.
+            f"--flex-volume-plugin-dir={self.api.folder / 'volume-plugins'}",
             f"--node-monitor-grace-period={NODE_GRACE_PERIOD}",
             f"--horizontal-pod-autoscaler-sync-period={AUTOSCALER_PERIOD}",
             *self.controller_manager_flags,

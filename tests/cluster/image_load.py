@@ -24,7 +24,7 @@ def load(nodes: list[Node], image: str) -> None:
     scratch = cache.folder() / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        exported = buildah.export(image, Path(folder) / "layout", without=common)
+        exported = buildah.export_new_layers(image, Path(folder) / "layout", without=common)
         size = sum(path.stat().st_size for path in exported.blobs.values())
         if size > LARGEST_BYTES:
             raise ClusterError(

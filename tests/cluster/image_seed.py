@@ -21,7 +21,10 @@ from .waiting import wait_until
 
 LAYERS = "layers.json"
 """Beside containerd's folder: the digests of the layers that it has."""
+BLOBS = "containerd/io.containerd.content.v1.content/blobs/sha256"
 START_SECONDS = 30.0
+CONNECT = "--connect-timeout=120s"
+"""Writing gigabytes stalls a small machine's disk for longer than the default."""
 IMPORT_SECONDS = 900.0
 
 
@@ -51,8 +54,11 @@ def make() -> Path:
             shutil.rmtree(seed.parent, ignore_errors=True)
             seed.parent.mkdir(parents=True)
             unfinished = seed.with_name(f"{seed.name}.unfinished")
-            _fill(unfinished, wanted)
-            unfinished.rename(seed)
+            try:
+                _fill(unfinished, wanted)
+                unfinished.rename(seed)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return seed
 
 
@@ -60,19 +66,21 @@ def _fill(folder: Path, wanted: list[str]) -> None:
     have: list[str] = []
     with _containerd(folder / "containerd") as address:
         for image in wanted:
-            have += _import(address, image, without=have)
+            have += [layer for layer in _import(address, image) if layer not in have]
         for layer in have:
-            # Unpacked, a layer's archive is of no more use: half of the seed's size.
             _ctr(address, "content", "rm", layer)
+    for layer in have:
+        # Unpacked, a layer's archive is of no more use: half of the seed's size. containerd removes it some time later.
+        (folder / BLOBS / layer.removeprefix("sha256:")).unlink(missing_ok=True)
     (folder / LAYERS).write_text(json.dumps(have))
 
 
-def _import(address: Path, image: str, *, without: list[str]) -> list[str]:
+def _import(address: Path, image: str) -> tuple[str, ...]:
     scratch = cache.folder() / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        exported = buildah.export(image, Path(folder), without=without)
-        command = ["ctr", f"--address={address}", "--namespace=k8s.io", "images", "import", "-"]
+        exported = buildah.export(image, Path(folder) / "image")
+        command = ["ctr", CONNECT, f"--address={address}", "--namespace=k8s.io", "images", "import", "-"]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as importer:
@@ -85,7 +93,7 @@ def _import(address: Path, image: str, *, without: list[str]) -> list[str]:
             output = importer.stdout.read().decode() if importer.stdout else ""
         if importer.returncode != 0:
             raise ClusterError(f"loading {image} failed:\n{output}")
-    return [layer for layer in exported.layers if layer not in without]
+    return exported.layers
 
 
 @contextlib.contextmanager
@@ -99,15 +107,19 @@ def _containerd(root: Path) -> Iterator[Path]:
             f'version = 2\nroot = "{root}"\nstate = "{folder}/state"\n'
             'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
             f'[grpc]\naddress = "{socket}"\n'
+            f'[plugins."io.containerd.internal.v1.opt"]\npath = "{folder}/opt"\n'
         )
         daemon = Daemon(name="containerd", folder=Path(folder))
         daemon.start(["containerd", "--config", str(configuration)], dies_with_parent=True)
         try:
             wait_until(socket.exists, what="containerd for the seed", seconds=START_SECONDS, explain=daemon.last_lines)
-            yield socket
+            try:
+                yield socket
+            except ClusterError as error:
+                raise ClusterError(f"{error}\n{daemon.last_lines()}") from error
         finally:
             daemon.stop()
 
 
 def _ctr(address: Path, *arguments: str) -> None:
-    run(["ctr", f"--address={address}", "--namespace=k8s.io", *arguments], seconds=IMPORT_SECONDS)
+    run(["ctr", CONNECT, f"--address={address}", "--namespace=k8s.io", *arguments], seconds=IMPORT_SECONDS)

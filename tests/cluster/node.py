@@ -24,6 +24,7 @@ SRV = "/srv"
 """Each node's own folder for hostPath volumes."""
 SOCKET = "/run/containerd/containerd.sock"
 START_SECONDS = 30.0
+CTR_SECONDS = 300.0
 
 
 @dataclass(kw_only=True)
@@ -84,7 +85,7 @@ class Node:
         """It registers the node with the API server."""
         command = [str(binaries.path(binaries.KUBELET)), f"--config={self._file('kubelet.json')}"]
         command += [f"--kubeconfig={self._user(f'system:node:{self.name}', 'system:nodes', 'kubelet')}"]
-        command += [f"--hostname-override={self.name}", f"--node-ip={self.address}", f"--root-dir={DISK}/kubelet"]
+        command += [f"--hostname-override={self.name}", f"--node-ip={self.address}"]
         self.kubelet.start(self.namespaces.entering(command))
 
     def stop_kubelet_and_containerd(self) -> None:
@@ -106,19 +107,25 @@ class Node:
 
     def ctr(self, *arguments: str) -> str:
         """Runs containerd's own client on the images and containers that kubelet uses."""
-        return run(self.namespaces.entering(["ctr", f"--address={SOCKET}", "--namespace=k8s.io", *arguments]))
+        command = ["ctr", "--connect-timeout=60s", f"--address={SOCKET}", "--namespace=k8s.io", *arguments]
+        return run(self.namespaces.entering(command), seconds=CTR_SECONDS)
 
     def explain(self) -> str:
         """The ends of its logs."""
         return "\n".join(daemon.last_lines() for daemon in (self.containerd, self.kubelet, self.proxy))
 
     def _mount(self) -> None:
-        for folder in (self.disk / "srv", self.folder / "log"):
+        for folder in (self.disk / "srv", self.disk / "kubelet", self.folder / "log"):
             folder.mkdir(parents=True, exist_ok=True)
         steps = [
             "mount -t tmpfs -o mode=755 tmpfs /run",
             f"mkdir -p {DISK}",
             f"mount --bind '{self.disk}' {DISK}",
+            # kubelet's device plugins are at a fixed path; the layer lets it exist for this node alone.
+            "mkdir -p /run/var-lib/upper /run/var-lib/work",
+            "mount -t overlay -o lowerdir=/var/lib,upperdir=/run/var-lib/upper,workdir=/run/var-lib/work node /var/lib",
+            "mkdir -p /var/lib/kubelet",
+            f"mount --bind {DISK}/kubelet /var/lib/kubelet",
             f"mount --bind '{self.folder / 'log'}' /var/log",
             f"mount --bind '{self.disk / 'srv'}' {SRV}",
             # Pods may want to see mounts that appear later; nothing of it leaves the node.
@@ -167,6 +174,9 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 
 [grpc]
 address = "{SOCKET}"
+
+[plugins."io.containerd.internal.v1.opt"]
+path = "/run/containerd/opt"
 
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "{pause_image.NAME}"
