@@ -111,7 +111,7 @@ class Leadership:
             if await self._try():
                 logger.info("leading as %s", self._identity)
                 return
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(self._until_next_look())
 
     async def keep(self) -> NoReturn:
         """Renews; raises LeadershipLostError when it cannot, or another process holds the Lease."""
@@ -151,6 +151,13 @@ class Leadership:
         # Counted from before the call: the others count from after it.
         self._renewed = started
         return True
+
+    def _until_next_look(self) -> float:
+        """Not a moment later than the Lease of another runs out."""
+        if self._seen is None or not self._seen.holder:
+            return RETRY_SECONDS
+        left = self._seen.since + self._seen.duration - self._clock()
+        return min(RETRY_SECONDS, left + 0.05) if left > 0 else RETRY_SECONDS
 
     def _patience(self) -> float:
         left = self._renewed + RENEW_SECONDS - self._clock()

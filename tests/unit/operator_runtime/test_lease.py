@@ -163,3 +163,13 @@ async def test_a_renewal_whose_answer_was_lost_is_no_loss(monkeypatch: pytest.Mo
     assert not keeping.done()
     leader.check()
     keeping.cancel()
+
+
+async def test_a_candidate_looks_again_the_moment_that_the_lease_runs_out():
+    kube, clock = FakeKube(), Clock()
+    await tries(candidate(kube, "a", clock))
+    waiting = candidate(kube, "b", clock)
+    await tries(waiting)
+    assert waiting._until_next_look() == 2
+    clock.now += DURATION_SECONDS - 0.5
+    assert waiting._until_next_look() == pytest.approx(0.55)
