@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -60,23 +59,10 @@ class Namespaces:
         """Runs a command inside and returns its output."""
         return run(self.entering(command, only=only))
 
-    def processes(self) -> list[int]:
-        """Every process whose first namespace here is this one."""
-        first = self._first()
-        if first is None:
-            return []
-        mine = _namespace(first, self.kinds[-1])
-        return [pid for pid in psutil.pids() if _namespace(pid, self.kinds[-1]) == mine]
-
     def destroy(self) -> None:
         """Ends the holder and with it everything inside."""
-        inside = self.processes() if "pid" in self.kinds else []
+        # The kernel ends all others of a process namespace before its first process is gone.
         self.holder.kill()
-        wait_until(
-            lambda: not [pid for pid in inside if _alive(pid)],
-            what=f"end of every process of {self.holder.name}",
-            seconds=START_SECONDS,
-        )
 
     def _first(self) -> int | None:
         """The holder's child; unshare stays outside."""
@@ -88,17 +74,3 @@ class Namespaces:
             return next((child.pid for child in children if child.exe() == str(binaries.path(binaries.PAUSE))), None)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return None
-
-
-def _namespace(pid: int, kind: str) -> str | None:
-    try:
-        return str(Path(f"/proc/{pid}/ns/{'mnt' if kind == 'mount' else kind}").readlink())
-    except OSError:
-        return None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .node import Node
 
 CHOICE = "TPMODEL_TEST_CLUSTER"
 """local (the default), existing or kind."""
+KEEP = "TPMODEL_KEEP_CLUSTER"
 WORKER_IMAGE, OPERATOR_IMAGE = "TPMODEL_TEST_WORKER_IMAGE", "TPMODEL_TEST_OPERATOR_IMAGE"
 
 
@@ -29,8 +31,6 @@ class Target:
     operator_image: str
     local: LocalCluster | None = None
     """The nodes and components, where they are ours to break."""
-    down: Callable[[], None]
-    """Removes what `up` made; nothing for an existing cluster."""
 
 
 def choice() -> str:
@@ -56,8 +56,23 @@ def up(*, nodes: int = NODES) -> Target:
         worker_image=worker,
         operator_image=operator,
         local=cluster,
-        down=cluster.down,
     )
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Target]:
+    """`up` for the block; removed at its end, also after a failed start, unless $TPMODEL_KEEP_CLUSTER is 1."""
+    with contextlib.ExitStack() as at_end:
+        if os.environ.get(KEEP) != "1":
+            at_end.callback(_down)
+        yield up()
+
+
+def _down() -> None:
+    if choice() == "local":
+        LocalCluster().down()
+    elif choice() == "kind":
+        kind.down()
 
 
 def local(*, nodes: int = NODES) -> LocalCluster:
@@ -88,7 +103,6 @@ def _existing() -> Target:
         kubectl=Kubectl(Path(os.environ["KUBECONFIG"])),
         worker_image=os.environ[WORKER_IMAGE],
         operator_image=os.environ[OPERATOR_IMAGE],
-        down=lambda: None,
     )
 
 
@@ -97,4 +111,4 @@ def _kind(nodes: int) -> Target:
         raise ClusterError(f"{CHOICE}=kind needs kind and a running Docker")
     kubeconfig = kind.up(nodes)
     worker, operator = (kind.load(image.dockerfile) for image in (images.WORKER, images.OPERATOR))
-    return Target(kubectl=Kubectl(kubeconfig), worker_image=worker, operator_image=operator, down=kind.down)
+    return Target(kubectl=Kubectl(kubeconfig), worker_image=worker, operator_image=operator)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,8 +17,6 @@ from tests.e2e.support import evidence, manifests, release
 from tests.e2e.support.clients import Client
 from tests.e2e.support.release import Release
 
-KEEP = "TPMODEL_KEEP_CLUSTER"
-"""1: the cluster stays up after the tests."""
 MODELS = "models"
 """The namespace of most tests' models."""
 NAMESPACE_SECONDS = 180.0
@@ -44,8 +41,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture(scope="session")
 def target() -> Iterator[Target]:
     """A cluster that is up, with the images of the code as it is now."""
-    with _ended(targets.down):
-        yield targets.up()
+    with targets.running() as target:
+        yield target
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +51,49 @@ def cluster(target: Target) -> LocalCluster:
     if target.local is None:
         pytest.fail(f"this test breaks the cluster, so it needs the local one: unset {targets.CHOICE}")
     return target.local
+
+
+@pytest.fixture
+def faults(cluster: LocalCluster) -> Iterator[Faults]:
+    """Ways to break nodes, links, API server and DNS; everything is mended when the test ends."""
+    faults = Faults(cluster)
+    yield faults
+    faults.mend()
+
+
+@pytest.fixture(scope="session")
+def installed(target: Target) -> Release:
+    """The chart, installed as users install it."""
+    chart = Release(target)
+    chart.install()
+    return chart
+
+
+@pytest.fixture(scope="session")
+def models(target: Target, installed: Release) -> Kubectl:
+    """A namespace that enforces Pod Security `restricted`, with the checkpoints' claim, beside a working operator."""
+    return _namespace(target.kubectl, MODELS)
+
+
+@pytest.fixture(scope="session")
+def client(target: Target, models: Kubectl) -> Iterator[Client]:
+    """A client pod in the models' namespace."""
+    client = Client.start(models, target.worker_image)
+    yield client
+    client.stop()
+
+
+@pytest.fixture
+def namespace(target: Target, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own, like that of `models`; removed with all it holds."""
+    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))[:40].strip("-")
+    _namespace(target.kubectl, name)
+    yield name
+    target.kubectl.delete("namespace", name, seconds=NAMESPACE_SECONDS)
+    checkpoints.delete_volumes(target.kubectl, name)
+
+
+def _namespace(kubectl: Kubectl, name: str) -> Kubectl:
+    kubectl.apply(manifests.restricted_namespace(name))
+    checkpoints.create_claim(kubectl, name, name=manifests.CLAIM)
+    return kubectl.within(name)
