@@ -154,7 +154,8 @@ class Kube:
             query = {"limit": str(page), "labelSelector": selector, "continue": token}
             body = await self._call("GET", resource.path(namespace), query=query, accept=accept)
             token = body["metadata"].get("continue", "")
-            yield Page(body["items"], body["metadata"]["resourceVersion"])
+            # The API server writes null for no items where only metadata is asked for.
+            yield Page(body["items"] or [], body["metadata"]["resourceVersion"])
             if not token:
                 return
 

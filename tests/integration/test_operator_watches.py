@@ -60,6 +60,12 @@ async def until(condition, what: str) -> None:
     raise AssertionError(f"waited for {what}")
 
 
+@pytest.mark.parametrize("metadata_only", [False, True])
+async def test_an_empty_list_has_no_items(kube: Kube, metadata_only: bool) -> None:
+    pages = [page async for page in kube.list(PODS, None, selector="no=such", metadata_only=metadata_only)]
+    assert [page.items for page in pages] == [[]]
+
+
 class ForgetfulKube:
     """A Kube whose first list names a version that the server no longer knows."""
 
