@@ -21,7 +21,8 @@ class EnsureModelChildren:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsureGang:
-    """A gang exists: its Secret, ConfigMap and NetworkPolicy, then its StatefulSet. What exists is left as it is."""
+    """A gang exists: its StatefulSet, and the Secret, ConfigMap and NetworkPolicy that this owns. What exists is left
+    as it is."""
 
     name: str
     index: int
@@ -50,7 +51,7 @@ class DeletePod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteGang:
-    """The StatefulSet with this UID ends, so its pods drain; then its Secret, ConfigMap and NetworkPolicy."""
+    """The StatefulSet with this UID ends, so its pods drain, and what it owns goes with it."""
 
     name: str
     uid: str

@@ -139,14 +139,14 @@ def _removed(turn: Turn, around: Circumstances) -> Turn:
 
 
 def _created(model: TPModel, index: int, target: Target, attempts: dict[str, int]) -> Turn:
-    """Under a name that was in use before, it begins above the attempt that was reached then."""
+    """A ConfigMap of that name says that the gang exists after all, unseen: it is taken up at its attempt."""
     name = names.gang_name(model.name, index, target.revision)
     gang = GangStatus(
         name=name,
         index=index,
         revision=target.revision,
         image=target.image,
-        attempt=attempts.get(name, 0) + 1,
+        attempt=attempts.get(name, 1),
     )
     planned = Gang(
         status=gang,
@@ -165,8 +165,8 @@ def _of_set(turns: list[Turn], target: Target) -> list[Action]:
     actions: list[Action] = []
     for turn in turns:
         statefulset = turn.gang.statefulset
-        if turn.leaving and not (statefulset is not None and statefulset.deleting):
-            actions.append(DeleteGang(name=turn.gang.name, uid=turn.status.uid))
+        if turn.leaving and statefulset is not None and not statefulset.deleting:
+            actions.append(DeleteGang(name=statefulset.name, uid=statefulset.uid))
     actions += [
         EnsureGang(
             name=turn.status.name,

@@ -95,7 +95,7 @@ def _existence(
 ) -> Existence:
     if statefulset is not None:
         return Existence.LEAVING if statefulset.deleting else Existence.LIVE
-    if remembered is not None and not remembered.uid:
+    if remembered is not None and not remembered.uid and remembered.phase == "Pending":
         return Existence.PLANNED
     return Existence.LEAVING if pods else Existence.GONE
 

@@ -35,8 +35,13 @@ def judge(gang: Gang, around: Circumstances) -> Judged:
 
 
 def leave(gang: Gang, around: Circumstances) -> Judged:
-    """A gang that ends: its pods drain, and nothing about it is a fault any more."""
-    ending = {"phase": "Draining", "ready": False, "restart": None, "pods": _seen(gang.pods)}
+    """A gang that ends: its pods drain, and nothing about it is a fault any more.
+
+    What is remembered stays until its StatefulSet ends in fact: the spec may be set back before.
+    """
+    ending: dict[str, object] = {"phase": "Draining", "ready": False}
+    if gang.statefulset is None or gang.statefulset.deleting:
+        ending |= {"restart": None, "pods": _seen(gang.pods)}
     return Judged(
         status=gang.status.model_copy(update=ending),
         actions=tuple(restarts.freed(gang.pods, around)),

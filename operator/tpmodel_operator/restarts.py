@@ -114,7 +114,6 @@ def _as_new(restart: Restart) -> dict[str, object]:
         "ready": False,
         "ready_since": "",
         "not_ready_since": "",
-        "handled": [],
     }
 
 

@@ -139,6 +139,22 @@ def test_a_leader_not_ready_past_the_deadline_and_a_minute_restarts_the_gang():
     assert cause(cluster) == "LeaderNotReady"
 
 
+def test_after_such_a_restart_loading_may_again_take_as_long_as_it_takes():
+    cluster = serving(recovery={"deadline": 100})
+    cluster.change(cluster.pod(0), ready=False, ready_changed=cluster.now)
+    cluster.reconcile()
+    cluster.wait(160)
+    cluster.reconcile()
+    cluster.end_pods()
+    cluster.statefulset_controller()
+    cluster.start_pods(ready=False)
+    for _ in range(3):
+        cluster.reconcile()
+        cluster.wait(3600)
+    assert cluster.gang_status().restarts_total == 1
+    assert cluster.gang_status().phase == "Loading"
+
+
 def test_a_leader_that_was_not_ready_for_a_moment_starts_its_deadline_anew():
     cluster = serving(recovery={"deadline": 100})
     leader = cluster.pod(0)

@@ -44,6 +44,17 @@ def test_a_container_that_ends_while_another_pod_waits_for_a_node_is_no_fault(ex
     assert cluster.gang_status().formed
 
 
+def test_an_end_before_the_last_container_started_is_no_fault_even_if_nobody_saw_it_in_time():
+    cluster = forming()
+    cluster.change(cluster.pod(0), running=True)
+    cluster.end_container(cluster.pod(0), 75)
+    cluster.restart_container(cluster.pod(0))
+    cluster.change(cluster.pod(1), running=True)
+    cluster.reconcile()
+    cluster.reconcile()
+    assert restarts(cluster) == 0
+
+
 def test_a_container_that_is_down_when_the_last_one_has_started_is_a_fault():
     cluster = forming()
     for index in (0, 1):

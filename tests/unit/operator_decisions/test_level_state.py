@@ -105,14 +105,43 @@ def test_pods_that_are_seen_before_their_statefulset_are_not_taken_for_leftovers
     assert cluster.gang_status().attempt == 1
 
 
-def test_pods_left_of_a_gang_that_nobody_remembers_keep_their_index_and_their_room():
+def test_a_gang_that_the_watch_does_not_show_yet_counts_when_the_model_is_scaled():
+    cluster = serving(replicas=3)
+    cluster.edit(replicas=4)
+    cluster.reconcile()
+    hidden = cluster.statefulsets.pop(cluster.gang_status(3).name)
+    gone = cluster.gang_status(0).name
+    del cluster.statefulsets[gone]
+    cluster.pods = {uid: pod for uid, pod in cluster.pods.items() if pod.gang != gone}
+    cluster.edit(replicas=3)
+    cluster.reconcile()
+    cluster.statefulsets[hidden.name] = hidden
+    cluster.settle()
+    assert [gang.index for gang in cluster.status.gangs] == [1, 2, 3]
+    assert "GangDraining" not in cluster.reasons()
+
+
+def test_pods_left_of_a_gang_that_nobody_remembers_keep_its_room_and_no_statefulset_is_deleted_for_them():
     cluster = serving()
-    name = cluster.gang_status().name
-    del cluster.statefulsets[name]
+    del cluster.statefulsets[cluster.gang_status().name]
+    cluster.status = TPModelStatus()
+    for _ in range(3):
+        assert not touched(cluster)
+        cluster.reconcile()
+        assert cluster.statefulsets == {}
+        assert cluster.gang_status().phase == "Draining"
+
+
+def test_a_statefulset_seen_late_by_an_operator_without_memory_is_taken_up_again():
+    cluster = serving()
+    hidden = dict(cluster.statefulsets)
+    cluster.statefulsets.clear()
     cluster.status = TPModelStatus()
     cluster.reconcile()
-    assert cluster.statefulsets == {}
-    assert cluster.gang_status().phase == "Draining"
+    cluster.statefulsets = hidden
+    cluster.settle()
+    assert (cluster.gang_status().phase, cluster.gang_status().attempt) == ("Serving", 1)
+    assert set(cluster.statefulsets) == set(hidden)
 
 
 def test_a_pod_with_a_foreign_gang_label_is_ignored():
@@ -122,3 +151,25 @@ def test_a_pod_with_a_foreign_gang_label_is_ignored():
     before = cluster.status
     cluster.reconcile()
     assert cluster.status == before
+
+
+def test_a_restart_goes_on_if_the_spec_is_set_back_before_its_gang_was_removed():
+    cluster = serving()
+    cluster.end_container(cluster.pod(0), 75)
+    cluster.reconcile()
+    cluster.edit(replicas=0)
+    cluster.status = cluster.decide().status
+    cluster.edit(replicas=1)
+    cluster.settle()
+    assert (cluster.gang_status().attempt, cluster.gang_status().restarts_total) == (2, 1)
+
+
+def test_a_pod_lost_while_a_removal_was_decided_but_not_done_is_a_fault_if_the_gang_stays():
+    cluster = serving()
+    cluster.edit(replicas=0)
+    cluster.status = cluster.decide().status
+    del cluster.pods[cluster.pod(1).uid]
+    cluster.status = cluster.decide().status
+    cluster.edit(replicas=1)
+    cluster.settle()
+    assert cluster.gang_status().attempt == 2

@@ -237,6 +237,22 @@ def test_a_doomed_pod_on_a_dead_node_is_freed_after_the_toleration():
     assert cluster.gang_status().attempt == 2
 
 
+def test_a_pod_on_a_dead_node_that_is_not_terminating_yet_gets_a_grace_period_first():
+    cluster = serving(scheduling={"deadNodeToleration": 30})
+    node = cluster.pod(0).node
+    cluster.change(cluster.pod(1), node=node)
+    cluster.fail_node(node)
+    cluster.wait(60)
+    cluster.delete_pod(cluster.pod(0).uid)
+    cluster.reconcile()
+    graces = {deletion.name: deletion.grace_seconds for deletion in cluster.deletions}
+    assert graces == {f"{cluster.gang_status().name}-0": 0, f"{cluster.gang_status().name}-1": restarts.GRACE_SECONDS}
+    cluster.reconcile()
+    assert cluster.deletions[-1] == DeletePod(
+        name=cluster.deletions[-1].name, uid=cluster.deletions[-1].uid, grace_seconds=0
+    )
+
+
 def test_no_pod_on_a_ready_node_is_deleted_without_grace():
     cluster = faulty()
     cluster.reconcile()

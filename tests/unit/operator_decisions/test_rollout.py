@@ -1,6 +1,7 @@
 """Rollouts of whole models, pass by pass."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -126,6 +127,16 @@ def test_a_removal_that_did_not_happen_is_repeated():
     first = cluster.decide()
     cluster.status = first.status
     assert cluster.decide().actions == first.actions
+
+
+def test_a_removal_that_is_under_way_is_not_repeated():
+    cluster = serving()
+    cluster.edit(replicas=0)
+    for name, statefulset in cluster.statefulsets.items():
+        cluster.statefulsets[name] = replace(statefulset, deleting=True)
+    decision = cluster.reconcile()
+    assert not any(isinstance(action, DeleteGang) for action in decision.actions)
+    assert cluster.gang_status().phase == "Draining"
 
 
 def test_a_spec_set_back_before_the_removal_happened_keeps_the_gang():
