@@ -36,7 +36,7 @@ class Turn:
     queued: float
     """When it began to wait, by the queue's clock."""
     event: float | None = None
-    """When the oldest pod event arrived that this pass is the first to see; None: there was none."""
+    """When the oldest alarming event arrived that this pass is the first to see; None: there was none."""
 
 
 def backoff(failures: int) -> float:
@@ -45,7 +45,7 @@ def backoff(failures: int) -> float:
 
 
 class WorkQueue:
-    """Pod events overtake everything else: a resync of all models must not delay the answer to a fault."""
+    """Alarming events overtake everything else: a thousand new models must not delay the answer to a fault."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -64,7 +64,7 @@ class WorkQueue:
         return len(self._urgent) + len(self._other) + len(self._again)
 
     def add(self, key: Key, *, event: float | None = None) -> None:
-        """A pass is needed as soon as possible; with event: a pod's event that arrived then."""
+        """A pass is needed as soon as possible; event: when an alarming event arrived."""
         if key in self._running:
             self._again[key] = _merged(self._again.get(key), self._turn(key, event))
             return

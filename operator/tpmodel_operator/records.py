@@ -101,6 +101,18 @@ def pod(item: Json) -> PodRecord | None:
     )
 
 
+def pod_alarms(before: PodRecord | None, after: PodRecord | None) -> bool:
+    """Whether a change of a pod may be a fault of its gang; all that a pod goes through when it comes up is none."""
+    if before is None or after is None:
+        return after is None
+    return (
+        after.ended != before.ended
+        or (before.ready and not after.ready)
+        or (after.deleting_since is not None and before.deleting_since is None)
+        or after.phase != before.phase == "Running"
+    )
+
+
 def stateful_set(item: Json) -> StatefulSetRecord | None:
     """A StatefulSet; None where its labels say of no gang."""
     metadata = item["metadata"]

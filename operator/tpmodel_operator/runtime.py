@@ -74,7 +74,7 @@ class Runtime:
             watch
             for namespace in self._namespaces
             for watch in (
-                self._watch(PODS, namespace, records.pod, self._pods),
+                self._watch(PODS, namespace, records.pod, self._pods, alarming=records.pod_alarms),
                 self._watch(STATEFUL_SETS, namespace, records.stateful_set, self._stateful_sets),
             )
         ]
@@ -139,7 +139,13 @@ class Runtime:
     # ---------------------------------------------------------------------------------------------------- parts
 
     def _watch(
-        self, resource: Resource, namespace: str | None, parse: Callable[[Json], R | None], store: Store[R]
+        self,
+        resource: Resource,
+        namespace: str | None,
+        parse: Callable[[Json], R | None],
+        store: Store[R],
+        *,
+        alarming: Callable[[R | None, R | None], bool] = lambda before, after: False,
     ) -> Watch[R]:
         return Watch(
             self._kube,
@@ -149,6 +155,7 @@ class Runtime:
             store=store,
             changed=lambda key, at: self._queue.add(key, event=at),
             metrics=self._metrics,
+            alarming=alarming,
         )
 
     def _audited(self) -> list[Audited]:

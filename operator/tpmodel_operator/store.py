@@ -63,6 +63,11 @@ class Store(Generic[R]):
         """Lets the object go; returns the TPModel that it belonged to."""
         return self._unlink(uid, self._entries.pop(uid, None))
 
+    def get(self, uid: str) -> R | None:
+        """The record of one object."""
+        entry = self._entries.get(uid)
+        return entry.record if entry is not None else None
+
     def of(self, key: Key) -> tuple[R, ...]:
         """The records of one TPModel."""
         return tuple(self._by_model[key].values()) if key in self._by_model else ()

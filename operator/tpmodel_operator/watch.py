@@ -45,10 +45,23 @@ class Watch(Generic[R]):
         *,
         parse: Callable[[Json], R | None],
         store: Store[R],
-        changed: Callable[[Key, float], None],
+        changed: Callable[[Key, float | None], None],
         metrics: Metrics,
+        alarming: Callable[[R | None, R | None], bool] = lambda before, after: False,
     ) -> None:
-        """changed: called with the TPModel and the time (monotonic) at which the event arrived."""
+        """Begins nothing yet.
+
+        Args:
+            kube: the API server.
+            resource: what is watched.
+            namespace: where; None: in all.
+            parse: makes a record of an object; None where it is of no gang.
+            store: is kept current.
+            changed: called with a TPModel that something changed for, and the time (monotonic) when an alarming event
+                arrived, else None.
+            metrics: count the fresh lists.
+            alarming: whether a change, from one record to the next, may be a fault; None: there is no such object.
+        """
         self.resource = resource
         self.namespace = namespace
         self.synced = asyncio.Event()
@@ -57,6 +70,7 @@ class Watch(Generic[R]):
         self._parse = parse
         self._store = store
         self._changed = changed
+        self._alarming = alarming
         self._metrics = metrics
 
     async def run(self) -> NoReturn:
@@ -88,7 +102,7 @@ class Watch(Generic[R]):
             for item in page.items:
                 seen.add(self._put(item))
         for uid in self._store.uids(self.namespace) - seen:
-            self._tell(self._store.remove(uid))
+            self._remove(uid)
         self.synced.set()
         return version
 
@@ -102,15 +116,21 @@ class Watch(Generic[R]):
             if event.type in ("ADDED", "MODIFIED"):
                 self._put(event.object)
             elif event.type == "DELETED":
-                self._tell(self._store.remove(event.object["metadata"]["uid"]))
+                self._remove(event.object["metadata"]["uid"])
         return version
 
     def _put(self, item: Json) -> str:
         metadata = item["metadata"]
+        uid = metadata["uid"]
+        before = self._store.get(uid)
         entry = Entry(records.version(item), metadata["namespace"], self._parse(item))
-        self._tell(self._store.put(metadata["uid"], entry))
-        return metadata["uid"]
+        self._tell(self._store.put(uid, entry), before, entry.record)
+        return uid
 
-    def _tell(self, key: Key | None) -> None:
+    def _remove(self, uid: str) -> None:
+        before = self._store.get(uid)
+        self._tell(self._store.remove(uid), before, None)
+
+    def _tell(self, key: Key | None, before: R | None, after: R | None) -> None:
         if key is not None:
-            self._changed(key, time.monotonic())
+            self._changed(key, time.monotonic() if self._alarming(before, after) else None)

@@ -1,5 +1,7 @@
 """From the API's JSON to records."""
 
+import itertools
+
 import pytest
 
 from support.api_objects import START, at, condition, pod, stateful_set, tpmodel, worker
@@ -128,3 +130,28 @@ def test_a_spec_of_a_newer_api_is_named_and_its_status_kept():
         records.tpmodel(tpmodel(speculation={"draft": "x"}, status={"replicas": 2}))
     assert caught.value.model.uid == "uid-of-m"
     assert caught.value.model.status.replicas == 2
+
+
+def running(**status):
+    return read(pod(phase="Running", containerStatuses=worker(running={"startedAt": at(5)}), **status))
+
+
+def test_a_pod_that_comes_up_alarms_nobody():
+    ready = running(conditions=[condition("Ready", "True", 9)])
+    steps = [None, read(pod()), read(pod(podIP="10.0.0.1")), running(), ready]
+    assert not any(records.pod_alarms(before, after) for before, after in itertools.pairwise(steps))
+
+
+def test_what_may_be_a_fault_alarms():
+    before = running(conditions=[condition("Ready", "True", 9)])
+    ending = pod(phase="Running", containerStatuses=worker(running={"startedAt": at(5)}))
+    ending["metadata"] |= {"deletionTimestamp": at(30), "deletionGracePeriodSeconds": 30}
+    ended = worker(running={"startedAt": at(9)}, restarts=1, last={"terminated": {"exitCode": 75}})
+    faults = [
+        None,
+        running(conditions=[condition("Ready", "False", 9)]),
+        read(ending),
+        read(pod(phase="Running", containerStatuses=ended)),
+        read(pod(phase="Failed", containerStatuses=worker(running={"startedAt": at(5)}))),
+    ]
+    assert all(records.pod_alarms(before, after) for after in faults)

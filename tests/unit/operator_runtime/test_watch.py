@@ -177,3 +177,27 @@ def test_a_pod_that_loses_its_labels_leaves_its_model():
     assert store.put("u", Entry(2, "default", None)) == M
     assert store.of(M) == ()
     assert store.versions() == {"u": 2}
+
+
+async def test_alarming_changes_are_told_with_the_time_of_their_arrival():
+    kube = FakeKube()
+    told: list[float | None] = []
+    watch = Watch(
+        kube,
+        PODS,
+        None,
+        parse=records.pod,
+        store=Store(),
+        changed=lambda _, at: told.append(at),
+        metrics=Metrics(),
+        alarming=records.pod_alarms,
+    )
+    task = asyncio.create_task(watch.run())
+    await watch.synced.wait()
+    kube.put(PODS, fresh("m-0-abcde-0"))
+    await settled()
+    kube.remove(PODS, "default", "m-0-abcde-0")
+    await settled()
+    task.cancel()
+    assert told[0] is None
+    assert told[1] is not None
