@@ -90,13 +90,18 @@ class ServeSettings:
     init_timeout: float = 60.0
     progress_deadline: float = 600.0
     """A download or load that makes no progress for this long ends the pod."""
-    step_deadline: float = 30.0
-    """Least time a step may take before it counts as hung."""
+    step_deadline: float = 0.0
+    """Least time a step may take before it counts as hung; 0: what least_step_deadline says."""
 
     # Where things lie on this machine.
     runtime_dir: str = ""
     """Short-lived folder of this pod: Unix sockets, metrics files."""
     log_format: Literal["auto", "json", "text"] = "auto"
+
+    @property
+    def least_step_deadline(self) -> float:
+        """Seconds; on CPU ranks the first step of a long prompt, before there is a running mean, takes its time."""
+        return self.step_deadline or (5.0 if self.device == "cuda" else 30.0)
 
     @property
     def ranks_here(self) -> range:

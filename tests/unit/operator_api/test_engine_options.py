@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -53,5 +54,16 @@ def test_the_defaults_that_users_read_are_the_workers() -> None:
     described = ModelSource.model_fields["engine_options"].description or ""
     defaults = {name: value for name, value in re.findall(r"(\w+) \((\w+)\)", described) if name in ENGINE_OPTIONS}
     settings = ServeSettings(model_path="", model_id="", served_name="")
-    assert len(defaults) == 6
+    assert len(defaults) == 5
     assert {name: str(getattr(settings, name)).lower().removesuffix(".0") for name in defaults} == defaults
+
+
+def test_the_least_step_deadline_that_users_read_is_the_workers() -> None:
+    from tpmodel_operator.api import ModelSource
+
+    described = ModelSource.model_fields["engine_options"].description or ""
+    cuda, cpu = re.findall(r"step_deadline \((\d+), on cpu (\d+)\)", described)[0]
+    settings = ServeSettings(model_path="", model_id="", served_name="", device="cuda")
+    assert settings.least_step_deadline == float(cuda)
+    assert dataclasses.replace(settings, device="cpu").least_step_deadline == float(cpu)
+    assert dataclasses.replace(settings, step_deadline=7.0).least_step_deadline == 7.0

@@ -71,7 +71,7 @@ class WorldBuilder:
         self._status = status
         self._wake = wake
         self._timeouts = timeouts
-        self._times = PlanTimes(settings.step_deadline)
+        self._times = PlanTimes(settings.least_step_deadline)
         self._last_epoch = epoch_floor(settings.attempt)
 
     async def build(self, membership: Membership) -> BuiltWorld:
