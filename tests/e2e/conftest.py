@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.cluster import artifacts, checkpoints
+from tests.cluster import artifacts, cache, checkpoints
 from tests.cluster import target as targets
 from tests.cluster.faults import Faults
 from tests.cluster.kubectl import Kubectl
@@ -20,6 +21,32 @@ from tests.e2e.support.release import Release
 MODELS = "models"
 """The namespace of most tests' models."""
 NAMESPACE_SECONDS = 180.0
+CLIENT_NODE = "node1"
+"""Where the client pod is: tests drain and break the others."""
+TEST_SECONDS = 900
+"""For one test and its fixtures: the first one may have to build the cluster's programs and images."""
+FIRST, LAST = ("test_first_model",), ("test_helm", "test_uninstall")
+"""Modules that come before and after all others, in this order."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The plainest test first: where it fails, no other needs a look. Uninstalling comes last."""
+    items.sort(key=lambda item: _place(item.path))
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+def _place(path: Path) -> int:
+    order = [*FIRST, "", *LAST]
+    return order.index(path.stem if path.stem in order else "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Iterator[None]:
+    """One run at a time has the cluster: tests break its nodes."""
+    with cache.locked("e2e"):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -78,7 +105,7 @@ def models(target: Target, installed: Release) -> Kubectl:
 @pytest.fixture(scope="session")
 def client(target: Target, models: Kubectl) -> Iterator[Client]:
     """A client pod in the models' namespace."""
-    client = Client.start(models, target.worker_image)
+    client = Client.start(models, target.worker_image, node=CLIENT_NODE if target.local is not None else "")
     yield client
     client.stop()
 

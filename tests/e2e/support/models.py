@@ -67,8 +67,8 @@ class DeployedModel:
         return [pod for pod in leaders if is_ready(pod) and not is_terminating(pod)]
 
     def events(self, reason: str = "") -> list[Object]:
-        """Events about it, or those with a reason."""
-        selector = f"involvedObject.kind=TPModel,involvedObject.name={self.name}"
+        """Events about it, or those with a reason; not about an earlier one of its name."""
+        selector = f"involvedObject.uid={self.get()['metadata']['uid']}"
         listed = self.kubectl.run("get", "events", f"--field-selector={selector}", "--output=json")
         return [event for event in json.loads(listed)["items"] if reason in ("", event["reason"])]
 

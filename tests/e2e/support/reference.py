@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from tests.cluster import checkpoints
 from tests.e2e.support.manifests import DTYPE
@@ -21,7 +22,7 @@ def prompts(count: int, *, length: int = 12) -> list[list[int]]:
     return [[source.randrange(3, VOCABULARY) for _ in range(length)] for _ in range(count)]
 
 
-def local_answers(given: Sequence[Sequence[int]], *, ranks: int = 2, **options: object) -> list[list[int]]:
+def local_answers(given: Sequence[Sequence[int]], *, ranks: int = 2, **options: Any) -> list[list[int]]:
     """Token ids of each prompt's answer, of as many ranks as the cluster's gangs have."""
     with LocalServer(checkpoints.DEFAULT_MODEL, tp=ranks, device="cpu", options=OPTIONS) as server:
         with Client(server.target) as client:
