@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from support.operator_cluster import Cluster
-from tpmodel_operator import gang, life, names
+from tpmodel_operator import clock, gang, life, names
 from tpmodel_operator.actions import Decision, DeleteGang, DeletePod, WriteAttempt
 from tpmodel_operator.api import GangStatus, TPModelStatus
 from tpmodel_operator.circumstances import Circumstances
@@ -196,6 +196,8 @@ class FaultyCluster(Cluster):
             survivors = set(was.restart.doomed) & set(self.pods)
             assert not survivors or entry.phase == "Draining", "a doomed pod has survived its restart"
         began = entry.restart is not None and entry.restart.began
+        if began and entry.restart is not None and (not_before := clock.moment(entry.restart.not_before)) is not None:
+            assert not_before <= self.now, "a restart began before its backoff was over"
         if began and was.restart is not None and was.restart.began:
             assert entry.restart is not None
             assert entry.restart.doomed == was.restart.doomed, "doomed is not final"

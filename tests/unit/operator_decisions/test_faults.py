@@ -221,6 +221,18 @@ def test_what_a_leader_reports_is_shown_and_restarts_nothing():
     assert (shown.phase, shown.restart) == ("Serving", None)
 
 
+def test_a_report_from_before_a_restart_is_not_shown_after_it():
+    cluster = serving()
+    report = GangReport(
+        gang=cluster.gang_status().name, phase="serving", epoch=7, ready_ranks=2, load_percent=100, time=cluster.now
+    )
+    cluster.end_container(cluster.pod(0), 75)
+    cluster.settle()
+    decision = gang.decide(replace(cluster.observed(), reports={report.gang: report}), cluster.settings)
+    (shown,) = decision.status.gangs
+    assert (shown.epoch, shown.ready_ranks, shown.load_percent) == (0, 0, 0)
+
+
 def test_several_faults_at_once_are_one_restart():
     cluster = serving()
     cluster.end_container(cluster.pod(0), 1)
