@@ -38,11 +38,11 @@ class Cause(StrEnum):
     CONTAINER_ENDED = "ContainerEnded"
     """The container ended with anything else."""
     POD_DELETED = "PodDeleted"
-    """A pod was deleted, and its container has ended or its grace period is over."""
+    """A pod was deleted, and is gone, or its container has ended, or its grace period is over."""
     POD_ENDED = "PodEnded"
     """A pod was evicted or refused by its node."""
     POD_LOST = "PodLost"
-    """A pod is gone, or another one has its name."""
+    """A pod is gone, or another one has its name, and nobody saw it end."""
     NODE_LOST = "NodeLost"
     """A pod's node is not ready, for longer than is tolerated."""
     LEADER_NOT_READY = "LeaderNotReady"
@@ -183,7 +183,11 @@ def _terminating(gang: Gang) -> PodRecord | None:
 def _lost(gang: Gang) -> Iterator[Fault]:
     present = {pod.uid for pod in gang.pods}
     for pod in gang.status.pods:
-        if pod.uid not in present:
+        if pod.uid in present:
+            continue
+        if pod.terminating:
+            yield Fault(cause=Cause.POD_DELETED, message=f"pod {pod.name} was deleted")
+        else:
             yield Fault(cause=Cause.POD_LOST, message=f"pod {pod.name} with UID {pod.uid} is gone")
 
 

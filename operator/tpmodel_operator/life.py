@@ -181,7 +181,16 @@ def _phase(gang: Gang, status: GangStatus) -> Phase:
 
 
 def _seen(pods: tuple[PodRecord, ...]) -> list[GangPod]:
-    return [GangPod(name=pod.name, uid=pod.uid, ready=pod.ready, node=pod.node) for pod in pods]
+    return [
+        GangPod(
+            name=pod.name,
+            uid=pod.uid,
+            ready=pod.ready,
+            node=pod.node,
+            terminating=pod.deleting_since is not None,
+        )
+        for pod in pods
+    ]
 
 
 def _ends(gang: Gang) -> list[HandledEnd]:

@@ -94,7 +94,7 @@ def test_a_terminating_pod_is_lost_when_its_object_is_gone():
     cluster.delete_pod(cluster.pod(1).uid, 135)
     cluster.reconcile()
     cluster.end_pods()
-    assert cause(cluster) == "PodLost"
+    assert cause(cluster) == "PodDeleted"
 
 
 def test_a_terminating_pod_is_lost_when_its_grace_period_is_over():
