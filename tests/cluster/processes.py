@@ -112,8 +112,10 @@ class Daemon:
         """SIGKILL, and waits until its whole group is gone."""
         self.signal(signal.SIGKILL)
         wait_until(lambda: not self.members(), what=f"end of {self.name}", seconds=STOP_SECONDS)
-        # A zombie whose threads have not ended yet still holds its ports.
-        self.wait()
+        if self._child is not None:
+            # A zombie whose threads have not ended yet still holds its ports. Killed again, should its record be lost.
+            self._child.kill()
+            self._child.wait()
         self._record.unlink(missing_ok=True)
 
     def stop(self, *, grace: float = STOP_SECONDS) -> None:
