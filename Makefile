@@ -1,6 +1,6 @@
 # make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
 # make test  sets everything up and passes lint, unit and integration tests
-.PHONY: run test lint unit integration test-gpu soak bench default-model lock manifests clean
+.PHONY: run test lint unit integration test-gpu soak bench default-model lock manifests clean cluster-up cluster-down
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
@@ -48,6 +48,13 @@ manifests: .venv/.ready
 
 lock: .venv/.ready
 	bash scripts/lock
+
+# A real Kubernetes cluster on this machine, as root; see tests/cluster/README.md.
+cluster-up: .venv/.ready
+	$(PYTHON) -m tests.cluster up
+
+cluster-down: .venv/.ready
+	$(PYTHON) -m tests.cluster down
 
 clean:
 	rm -rf .venv build dist client/tpmodel/v1 worker/tpmodel_worker/comm/_*.so

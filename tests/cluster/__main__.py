@@ -35,19 +35,16 @@ def main() -> None:
 @click.option("--images/--no-images", default=True, help="Whether nodes have the project's images.")
 def up(nodes: int, images: bool) -> None:
     """Brings the cluster up, or up to date, and prints how to reach it."""
-    cluster = target.local(nodes=nodes) if images else LocalCluster(count=nodes)
-    was_up = cluster.folder.exists()
-    try:
+    if images:
+        made = target.up(nodes=nodes)
+        for name in (made.worker_image, made.operator_image):
+            click.echo(f"# has image {name}")
+        path = made.kubectl.kubeconfig
+    else:
+        cluster = LocalCluster(count=nodes)
         cluster.up()
-        names = target.load_images(cluster) if images else ()
-    except KeyboardInterrupt:
-        # Half a cluster is of no use; one that was there before stays.
-        if not was_up:
-            cluster.down()
-        raise
-    for name in names:
-        click.echo(f"# has image {name}")
-    click.echo(f"export KUBECONFIG={cluster.kubeconfig}")
+        path = cluster.kubeconfig
+    click.echo(f"export KUBECONFIG={path}")
 
 
 @main.command()

@@ -55,6 +55,11 @@ def exists(image: str) -> bool:
     return subprocess.run(command("inspect", "--type=image", image), capture_output=True).returncode == 0
 
 
+def layers(image: str) -> tuple[str, ...]:
+    """Digests of an image's layers, as in `Exported`."""
+    return tuple(json.loads(call("inspect", "--type=image", image))["OCIv1"]["rootfs"]["diff_ids"])
+
+
 def names(repository: str) -> list[str]:
     """Images of a repository, newest first."""
     found = json.loads(call("images", "--json") or "null") or []

@@ -43,10 +43,17 @@ def copy_to(disk: Path) -> None:
     unfinished.rename(disk)
 
 
+def is_current(disk: Path) -> bool:
+    """Whether a node's disk has all large layers of the images as they are now."""
+    record = disk / LAYERS
+    have: list[str] = json.loads(record.read_text()) if record.exists() else []
+    return _layers([image.dependencies() for image in images.ALL]) <= set(have)
+
+
 def make() -> Path:
     """The seed for the current dependencies, made now if it is not there (minutes)."""
     wanted = [image.dependencies() for image in images.ALL]
-    seed = cache.folder() / "seeds" / cache.content_key(wanted)
+    seed = cache.folder() / "seeds" / cache.content_key(sorted(_layers(wanted)))
     with cache.locked("seed"):
         if not seed.exists():
             print("making the disk that nodes start from", flush=True)
@@ -60,6 +67,10 @@ def make() -> Path:
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return seed
+
+
+def _layers(names: list[str]) -> set[str]:
+    return {layer for name in names for layer in buildah.layers(name)}
 
 
 def _fill(folder: Path, wanted: list[str]) -> None:

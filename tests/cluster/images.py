@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,15 @@ SOURCES = (
     "README.md",
     "LICENSE",
     ".dockerignore",
+    "Dockerfile.worker",
+    "Dockerfile.operator",
+    "requirements",
     "protos",
     "client",
     "operator",
     "worker",
 )
-"""What the Dockerfiles copy, beside requirements/; the same as in .dockerignore."""
+"""What builds get; the same as in .dockerignore, and the Dockerfiles."""
 GENERATED = ("client/tpmodel/v1", "__pycache__", ".egg-info", ".so")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -51,8 +55,8 @@ class Image:
 
     def dependencies(self) -> str:
         """The image of its large layers, built if the storage does not have it."""
-        files = [ROOT / self.dockerfile, *(ROOT / "requirements").glob("*.txt")]
-        made = self._name("-dependencies", cache.files_key(ROOT, files, base_image.name(), _torch_backend()))
+        parts = [ROOT / self.dockerfile, *(ROOT / "requirements").glob("*.txt")]
+        made = self._name("-dependencies", cache.files_key(ROOT, parts, base_image.name(), _torch_backend()))
         with cache.locked("images"):
             if not buildah.exists(made):
                 print(f"building {made}: minutes, only when requirements or Dockerfile change", flush=True)
@@ -63,8 +67,7 @@ class Image:
     def build(self, source: Path = ROOT) -> str:
         """The image of a source tree, built if the storage does not have it; returns its name."""
         self.dependencies()
-        files = [source / self.dockerfile, *(source / "requirements").glob("*.txt"), *_sources(source)]
-        made = self._name("", cache.files_key(source, files, base_image.name(), _torch_backend()))
+        made = self._name("", cache.files_key(source, list(_sources(source)), base_image.name(), _torch_backend()))
         with cache.locked("images"):
             if not buildah.exists(made):
                 print(f"building {made}", flush=True)
@@ -80,12 +83,14 @@ class Image:
         if self.kind == "worker":
             arguments["TORCH_BACKEND"] = _torch_backend()
         with tempfile.TemporaryDirectory() as folder:
+            staged = Path(folder) / "source"
+            _stage(source, staged)
             environment = Path(folder) / "build_environment"
             environment.write_text(_build_environment())
             secrets = {"build_environment": environment}
             if CERTIFICATES.exists():
                 secrets["certificates"] = CERTIFICATES
-            buildah.build(source, self.dockerfile, name=name, arguments=arguments, secrets=secrets, target=target)
+            buildah.build(staged, self.dockerfile, name=name, arguments=arguments, secrets=secrets, target=target)
 
     def _forget(self, suffix: str, *, keep: list[str]) -> None:
         """Removes older images of this name, but the newest few."""
@@ -107,6 +112,20 @@ def _sources(source: Path) -> Iterator[Path]:
             relative = str(path.relative_to(source))
             if path.is_file() and not any(part in relative for part in GENERATED):
                 yield path
+
+
+def _stage(source: Path, folder: Path) -> None:
+    """Copies what a build gets, with equal times: buildah takes a file of another time for another file."""
+    for path in _sources(source):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
+        os.utime(copy, (0, 0))
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+            os.utime(path, (0, 0))
 
 
 def _torch_backend() -> str:

@@ -96,18 +96,28 @@ class LocalCluster:
             raise ClusterError("the local cluster needs root: it makes network and mount namespaces")
         debian.ensure(debian.NODE_NEEDS)
         binaries.ensure(binaries.CLUSTER_PROGRAMS)
-        with cache.locked("cluster"):
-            self._check_count()
-            kernel_settings.remember(self._settings_record)
-            self.network.create(self.count)
-            self.api.start()
-            self.controllers.start()
-            self.dns.start(self.kubectl)
-            for node in self.nodes:
-                if not node.disk.exists():
-                    self.prepare_disk(node)
-                node.start()
-            self.wait_ready()
+        was_up = self.folder.exists()
+        try:
+            with cache.locked("cluster"):
+                self._start()
+        except KeyboardInterrupt:
+            # Half a cluster is of no use; one that was there before stays.
+            if not was_up:
+                self.down()
+            raise
+
+    def _start(self) -> None:
+        self._check_count()
+        kernel_settings.remember(self._settings_record)
+        self.network.create(self.count)
+        self.api.start()
+        self.controllers.start()
+        self.dns.start(self.kubectl)
+        for node in self.nodes:
+            if not node.disk.exists():
+                self.prepare_disk(node)
+            node.start()
+        self.wait_ready()
 
     def wait_ready(self, *, seconds: float = READY_SECONDS) -> None:
         """Returns when every node is Ready."""

@@ -48,15 +48,17 @@ def up(*, nodes: int = NODES) -> Target:
         return _existing()
     if chosen == "kind":
         return _kind(nodes)
-    cluster = local(nodes=nodes)
+    return _local(nodes)
+
+
+def _local(nodes: int) -> Target:
+    cluster = LocalCluster(count=nodes, prepare_disk=_prepare_disk)
+    if any(node.disk.exists() and not image_seed.is_current(node.disk) for node in cluster.nodes):
+        print("the cluster that is up has older dependencies: a new one takes its place", flush=True)
+        cluster.down()
     cluster.up()
     worker, operator = load_images(cluster)
-    return Target(
-        kubectl=cluster.kubectl,
-        worker_image=worker,
-        operator_image=operator,
-        local=cluster,
-    )
+    return Target(kubectl=cluster.kubectl, worker_image=worker, operator_image=operator, local=cluster)
 
 
 @contextlib.contextmanager
@@ -73,11 +75,6 @@ def _down() -> None:
         LocalCluster().down()
     elif choice() == "kind":
         kind.down()
-
-
-def local(*, nodes: int = NODES) -> LocalCluster:
-    """This machine's own cluster, up or not, whose nodes start with the images' large layers and a checkpoint."""
-    return LocalCluster(count=nodes, prepare_disk=_prepare_disk)
 
 
 def load_images(cluster: LocalCluster) -> tuple[str, str]:
