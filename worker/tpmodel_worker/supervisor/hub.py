@@ -22,7 +22,6 @@ _URI = re.compile(rf"{SCHEME}({_NAME})/({_NAME})(?:@(.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = httpx.Timeout(20.0, connect=10.0)
 _NO_RETRY_HELPS = frozenset({400, 401, 403, 404, 410, 451})
-_CHUNK_BYTES = 1024 * 1024
 
 
 class HubUnavailableError(Exception):
@@ -138,9 +137,9 @@ class Hub:
             with self._client.stream("GET", url, headers=headers) as response:
                 self._check(response, f"{source}: {file.name}")
                 if offset and response.status_code != httpx.codes.PARTIAL_CONTENT:
-                    yield _skip(response.iter_raw(_CHUNK_BYTES), offset)
+                    yield _skip(response.iter_raw(), offset)
                 else:
-                    yield response.iter_raw(_CHUNK_BYTES)
+                    yield response.iter_raw()
         except httpx.HTTPError as error:
             raise HubUnavailableError(f"{url}: {_text(error)}") from error
 
