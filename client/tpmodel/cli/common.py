@@ -14,12 +14,19 @@ from tpmodel.errors import TpmodelError, UnavailableError, UnsupportedError
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_TARGET = "127.0.0.1:9000"
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+"""What sampling_options gives a command."""
 
 
 def connection_options(command: F) -> F:
     """--target and --api-key."""
-    command = click.option("--api-key", default=None, help="Sent as bearer token; default: $TPMODEL_API_KEY.")(command)
+    command = api_key_option(command)
     return click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Server, HOST:PORT.")(command)
+
+
+def api_key_option(command: F) -> F:
+    """--api-key."""
+    return click.option("--api-key", default=None, help="Sent as bearer token; default: $TPMODEL_API_KEY.")(command)
 
 
 def api_key_or_environment(api_key: str | None) -> str | None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from tpmodel.channel import RetryPolicy
-from tpmodel.cli.common import api_key_or_environment, connection_options, readable_errors, sampling_options
+from tpmodel.cli.common import (
+    SAMPLING,
+    api_key_or_environment,
+    connection_options,
+    readable_errors,
+    sampling_options,
+)
 from tpmodel.client import Client, GenerateStream
 
 
@@ -29,43 +38,80 @@ class TokenIdList(click.ParamType):
         return ids
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked, and how the answer is shown."""
+
+    prompt: str | list[int]
+    sampling: dict[str, Any]
+    timeout: float | None
+    wait: float
+    """Seconds to wait for a server."""
+    as_json: bool
+
+    def answer(self, target: str, api_key: str | None) -> None:
+        """Asks the server and prints the answer as it comes.
+
+        Raises:
+            TpmodelError: it could not be had.
+        """
+        with Client(target, api_key=api_key_or_environment(api_key), retry=RetryPolicy(window=self.wait)) as client:
+            stream = client.generate(self.prompt, timeout=self.timeout, **self.sampling)
+            try:
+                (_print_json if self.as_json else _print_text)(stream)
+            except KeyboardInterrupt:
+                stream.cancel()
+                raise
+
+
+def question_options(command: Callable[..., None]) -> Callable[..., None]:
+    """PROMPT, --token-ids and all that says how to answer; the command gets a Question."""
+
+    @functools.wraps(command)
+    def ask(
+        *arguments: Any,
+        prompt: str | None,
+        token_ids: list[int] | None,
+        ignore_eos: bool,
+        as_json: bool,
+        timeout: float | None,
+        wait: float,
+        **others: Any,
+    ) -> None:
+        if (prompt is None) == (token_ids is None):
+            raise click.UsageError("give either PROMPT or --token-ids")
+        sampling: dict[str, Any] = {name: others.pop(name) for name in SAMPLING}
+        sampling |= {"stop": list(sampling["stop"]), "ignore_eos": ignore_eos or None}
+        question = Question(
+            prompt=prompt if prompt is not None else token_ids or [],
+            sampling=sampling,
+            timeout=timeout,
+            wait=wait,
+            as_json=as_json,
+        )
+        command(*arguments, question=question, **others)
+
+    options = [
+        click.argument("prompt", required=False),
+        click.option("--token-ids", type=TokenIdList(), default=None, help="The prompt as token ids instead of text."),
+        sampling_options,
+        click.option("--ignore-eos", is_flag=True, help="Go on past the end of sequence, up to --max-tokens."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object a line: chunks, then the completion."),
+        click.option("--timeout", type=float, default=None, help="Seconds for the whole request."),
+        click.option("--wait", type=float, default=10.0, show_default=True, help="Seconds to wait for a server."),
+    ]
+    for option in reversed(options):
+        ask = option(ask)
+    return ask
+
+
 @click.command()
 @connection_options
-@click.argument("prompt", required=False)
-@click.option("--token-ids", type=TokenIdList(), default=None, help="The prompt as token ids instead of text.")
-@sampling_options
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end of sequence, up to --max-tokens.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: chunks, then the completion.")
-@click.option("--timeout", type=float, default=None, help="Seconds for the whole request.")
-@click.option("--wait", type=float, default=10.0, show_default=True, help="Seconds to wait for a server.")
-def generate(
-    target: str,
-    api_key: str | None,
-    prompt: str | None,
-    token_ids: list[int] | None,
-    ignore_eos: bool,
-    as_json: bool,
-    timeout: float | None,
-    wait: float,
-    **sampling: Any,
-) -> None:
+@question_options
+def generate(target: str, api_key: str | None, question: Question) -> None:
     """Continue PROMPT (or --token-ids) and stream the answer."""
-    if (prompt is None) == (token_ids is None):
-        raise click.UsageError("give either PROMPT or --token-ids")
-    sampling["stop"] = list(sampling["stop"])
-    retry = RetryPolicy(window=wait)
-    with readable_errors(target), Client(target, api_key=api_key_or_environment(api_key), retry=retry) as client:
-        stream = client.generate(
-            prompt if prompt is not None else token_ids or [],
-            timeout=timeout,
-            ignore_eos=ignore_eos or None,
-            **sampling,
-        )
-        try:
-            (_print_json if as_json else _print_text)(stream)
-        except KeyboardInterrupt:
-            stream.cancel()
-            raise
+    with readable_errors(target):
+        question.answer(target, api_key)
 
 
 def _print_text(stream: GenerateStream) -> None:

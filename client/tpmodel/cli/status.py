@@ -10,6 +10,7 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 
 from tpmodel.cli.common import readable_errors
+from tpmodel.cli.tables import table
 from tpmodel.errors import error_from
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 
@@ -50,14 +51,14 @@ def _lines(reply: worker_pb2.GangStatusResponse) -> list[str]:
             f"KV cache: {engine.kv_blocks_used} of {engine.kv_blocks_total} blocks of {engine.block_size} tokens; "
             f"context {engine.max_model_len}"
         )
-    lines += _table(
+    lines += table(
         ["RANK", "STATE", "LOADED", "PID", "DEVICE", "COMMUNICATOR"],
         [
             [str(r.rank), r.state, f"{r.load_percent:.0f}%", str(r.pid), r.device or "-", r.communicator or "-"]
             for r in engine.ranks
         ],
     )
-    lines += _table(
+    lines += table(
         ["PROCESS", "STATE", "PID", "PORT", "RESTARTS"],
         [[p.name, p.state, str(p.pid), str(p.port or "-"), str(p.restarts)] for p in reply.processes],
     )
@@ -65,11 +66,3 @@ def _lines(reply: worker_pb2.GangStatusResponse) -> list[str]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.unix_seconds))
         lines.append(f"fault at {when}, epoch {fault.epoch}: {fault.kind}: {fault.message}")
     return lines
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    if not rows:
-        return []
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [header, *rows]]  # fmt: skip
