@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +17,31 @@ from tests.cluster.local import LocalCluster
 from tests.cluster.target import Target
 from tests.e2e.support import evidence, manifests, release
 from tests.e2e.support.clients import Client
+from tests.e2e.support.models import DeployedModel, deployed
 from tests.e2e.support.release import Release
+from tests.e2e.support.restarts import STURDY
+from tests.e2e.support.timings import TIMINGS, Timings
 
-MODELS = "models"
-"""The namespace of most tests' models."""
+MODELS = os.environ.get("TPMODEL_TEST_NAMESPACE", "models")
+"""The namespace of most tests' models. Two runs at once in one cluster need two, and must break no nodes."""
 NAMESPACE_SECONDS = 180.0
 CLIENT_NODE = "node1"
 """Where the client pod is: tests drain and break the others."""
 TEST_SECONDS = 900
 """For one test and its fixtures: the first one may have to build the cluster's programs and images."""
-FIRST, LAST = ("test_first_model",), ("test_helm", "test_uninstall")
-"""Modules that come before and after all others, in this order."""
+FIRST = ("test_first_model",)
+LAST = (
+    "test_gang_isolation",
+    "test_gang_restart",
+    "test_operator_crash",
+    "test_operator_upgrade",
+    "test_apiserver_restart",
+    "test_node_failure",
+    "test_helm",
+    "test_uninstall",
+)
+"""Modules that come before and after all others, in this order. Those that share the model `sturdy` are together, and
+what breaks the cluster comes late."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +60,7 @@ def _place(path: Path) -> int:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop() -> Iterator[None]:
     """One run at a time has the cluster: tests break its nodes."""
-    with cache.locked("e2e"):
+    with cache.locked(f"e2e-{MODELS}"):
         return (yield)
 
 
@@ -63,6 +78,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             artifacts.collect_logs(target.local, folder / "components")
         report.sections.append(("evidence", str(folder)))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prints how long the cluster took to get over each fault."""
+    lines = list(config.stash.get(TIMINGS, Timings()).lines())
+    if lines:
+        terminalreporter.section("from fault to recovery")
+        terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +131,25 @@ def client(target: Target, models: Kubectl) -> Iterator[Client]:
     client = Client.start(models, target.worker_image, node=CLIENT_NODE if target.local is not None else "")
     yield client
     client.stop()
+
+
+@pytest.fixture(scope="session")
+def _sturdy(models: Kubectl) -> Iterator[DeployedModel]:
+    with deployed(models, "sturdy", **STURDY) as model:
+        yield model
+
+
+@pytest.fixture
+def sturdy(_sturdy: DeployedModel) -> DeployedModel:
+    """A Ready model of one gang of two pods, which many tests break in turn: starting one takes a while."""
+    _sturdy.wait_ready()
+    return _sturdy
+
+
+@pytest.fixture(scope="session")
+def timings(request: pytest.FixtureRequest) -> Timings:
+    """Takes what is printed at the end of the run."""
+    return request.config.stash.setdefault(TIMINGS, Timings())
 
 
 @pytest.fixture

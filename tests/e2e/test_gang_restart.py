@@ -1,0 +1,122 @@
+"""A pod or a process of a gang is lost: the gang restarts once, status says why, and it serves again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from tests.cluster import pods
+from tests.cluster.addresses import CLUSTER_DOMAIN
+from tests.cluster.faults import Faults
+from tests.e2e.support.clients import Client
+from tests.e2e.support.models import DeployedModel, is_ready
+from tests.e2e.support.restarts import Before
+from tests.e2e.support.timings import Stopwatch, Timings
+from tpmodel_operator import names
+
+NXDOMAIN_SECONDS = 5.0
+PROMPT = [5, 17, 256, 1024]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """One way to lose a part of a gang."""
+
+    what: str
+    inflict: Callable[[Before], None]
+    cause: str
+    said: str
+    """Part of the message."""
+    exit_code: int | None
+
+
+def delete_worker_pod(before: Before) -> None:
+    before.model.kubectl.delete("pod", before.worker["metadata"]["name"], wait=False)
+
+
+def delete_leader_pod(before: Before) -> None:
+    before.model.kubectl.delete("pod", before.leader["metadata"]["name"], wait=False)
+
+
+def kill_rank(before: Before) -> None:
+    """The last process in the worker pod that loaded torch's threads: found by what the supervisor calls it."""
+    kubectl, pod = before.model.kubectl, before.worker["metadata"]["name"]
+    rank = next(process for process in pods.processes(kubectl, pod) if "rank 1" in process.name)
+    pods.kill(kubectl, pod, rank)
+
+
+LOSSES = (
+    Loss(
+        what="worker pod deleted",
+        inflict=delete_worker_pod,
+        cause="PodDeleted",
+        said="was deleted",
+        exit_code=None,
+    ),
+    Loss(
+        what="leader pod deleted",
+        inflict=delete_leader_pod,
+        cause="PodDeleted",
+        said="was deleted",
+        exit_code=None,
+    ),
+    Loss(
+        what="rank killed by SIGKILL",
+        inflict=kill_rank,
+        cause="RestartRequested",
+        said="rank 1",
+        exit_code=75,
+    ),
+)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.what.replace(" ", "_"))
+def test_a_gang_restarts_once_and_says_why(sturdy: DeployedModel, client: Client, timings: Timings, loss: Loss) -> None:
+    before = Before.of(sturdy)
+    answer = client.complete(sturdy.url, [PROMPT], max_tokens=8, temperature=0, ignore_eos=True)
+
+    clock = Stopwatch()
+    loss.inflict(before)
+    gang = before.wait_restarted()
+
+    timings.note(loss.what, "Ready", clock.seconds)
+    assert gang["lastRestart"]["cause"] == loss.cause
+    assert loss.said in gang["lastRestart"]["message"]
+    assert gang["lastRestart"].get("exitCode") == loss.exit_code
+    assert gang["lastRestart"]["attempt"] == gang["attempt"]
+    assert any(f"restarts at attempt {gang['attempt']}" in event["message"] for event in sturdy.events("GangRestart"))
+    assert client.complete(sturdy.url, [PROMPT], max_tokens=8, temperature=0, ignore_eos=True) == answer
+    timings.note(loss.what, "a client has its answer", clock.seconds)
+    before.check_restarted_once()
+
+
+def test_a_worker_pod_comes_back_under_a_new_address_while_its_leader_has_no_name(
+    sturdy: DeployedModel, faults: Faults, timings: Timings
+) -> None:
+    before = Before.of(sturdy)
+    name, old_address = before.worker["metadata"]["name"], before.worker["status"]["podIP"]
+    service = f"{names.pods_service(sturdy.name)}.{sturdy.kubectl.namespace}.svc.{CLUSTER_DOMAIN}"
+
+    faults.deny_names([service])
+    clock = Stopwatch()
+    sturdy.kubectl.delete("pod", name, wait=False)
+    sturdy.until(lambda: has_new_container(before, name), what="a new worker pod's container", interval=0.2)
+    time.sleep(NXDOMAIN_SECONDS)
+    assert not any(is_ready(pod) for pod in sturdy.pods())
+    faults.deny_names([])
+
+    before.wait_restarted()
+    timings.note(f"worker pod deleted, NXDOMAIN for {NXDOMAIN_SECONDS:.0f} s", "Ready", clock.seconds)
+    assert sturdy.kubectl.get("pod", name)["status"]["podIP"] != old_address
+    assert all(not status["restartCount"] for pod in sturdy.pods() for status in pod["status"]["containerStatuses"])
+
+
+def has_new_container(before: Before, name: str) -> bool:
+    """Whether a pod of this name runs that is none of the former ones."""
+    pod = before.model.kubectl.find("pod", name)
+    if pod is None or pod["metadata"]["uid"] in before.uids:
+        return False
+    return any("running" in status["state"] for status in pod["status"].get("containerStatuses", []))
