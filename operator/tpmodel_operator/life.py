@@ -100,12 +100,11 @@ def _failed(gang: Gang, around: Circumstances) -> Judged:
 
 
 def _restarting(gang: Gang, around: Circumstances) -> Judged:
-    restart = gang.status.restart
-    if restart is not None and not restart.began:
-        refused = faults.refused_configuration(gang)
-        if refused is not None:
-            return _answer(gang, refused, around)
-        gang = _with(gang, gang.status.model_copy(update={"handled": _ends(gang)}))
+    """Whatever ends meanwhile belongs to this restart, also a pod made early that has lost its doomed peers."""
+    refused = faults.refused_configuration(gang)
+    if refused is not None:
+        return _answer(gang, refused, around)
+    gang = _with(gang, gang.status.model_copy(update={"handled": _ends(gang)}))
     judged = restarts.proceed(gang, gang.status, around)
     if judged.status.restart is not None:
         return judged

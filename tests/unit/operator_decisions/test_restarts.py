@@ -147,6 +147,32 @@ def test_faults_of_doomed_pods_are_part_of_the_restart():
     assert cluster.gang_status().attempt == 2
 
 
+def test_a_pod_made_early_that_ends_as_its_doomed_peers_go_is_part_of_the_restart():
+    cluster = faulty()
+    cluster.reconcile()
+    del cluster.pods[cluster.pod(0).uid]
+    cluster.statefulset_controller()
+    cluster.change(cluster.pod(0), running=True)
+    cluster.end_container(cluster.pod(0), 75, "rank 1 was lost")
+    cluster.end_pods()
+    cluster.statefulset_controller()
+    cluster.change(cluster.pod(1), running=True)
+    cluster.reconcile()
+    cluster.restart_container(cluster.pod(0))
+    cluster.settle()
+    assert (cluster.gang_status().attempt, cluster.gang_status().restarts_total) == (2, 1)
+
+
+def test_64_of_a_new_pod_fails_the_gang_though_doomed_ones_are_left():
+    cluster = faulty()
+    cluster.reconcile()
+    del cluster.pods[cluster.pod(1).uid]
+    cluster.statefulset_controller()
+    cluster.end_container(cluster.pod(1), 64, "no such option")
+    cluster.reconcile()
+    assert cluster.gang_status().phase == "Failed"
+
+
 def test_restarts_in_a_row_wait_longer_and_longer():
     recovery = Recovery(backoff_base=30, backoff_limit=600)
     waits = [restarts.backoff(recovery, count) for count in range(8)]
