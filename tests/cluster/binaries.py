@@ -74,6 +74,11 @@ CLUSTER_PROGRAMS = (*API_PROGRAMS, KUBECTL, CONTROLLER_MANAGER, SCHEDULER, KUBEL
 ALL_PROGRAMS = (*CLUSTER_PROGRAMS, HELM, KWOK)
 
 
+def folder() -> Path:
+    """Where all programs are."""
+    return cache.folder() / "binaries"
+
+
 def path(program: Program) -> Path:
     """The program, built now if the cache does not have it. Minutes the first time."""
     built = _built(program)
@@ -94,7 +99,7 @@ def ensure(programs: tuple[Program, ...] = ALL_PROGRAMS) -> list[Path]:
 
 
 def _built(program: Program) -> Path:
-    return cache.folder() / "binaries" / _key(program) / program.name
+    return folder() / _key(program) / program.name
 
 
 def _key(program: Program) -> str:

@@ -13,7 +13,6 @@ from .processes import run
 
 BUILD_SECONDS = 1800.0
 PUSH_SECONDS = 600.0
-RUNTIME = "/run/tpmodel-test-buildah"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ def command(*arguments: str) -> list[str]:
         "--root",
         str(_storage()),
         "--runroot",
-        RUNTIME,
+        f"/run/{cache.system_name()}-buildah",
         "--storage-driver",
         "overlay",
         *arguments,

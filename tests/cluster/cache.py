@@ -12,8 +12,19 @@ from pathlib import Path
 
 def folder() -> Path:
     """`$TPMODEL_CACHE`, else ~/.cache/tpmodel."""
-    chosen = os.environ.get("TPMODEL_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "tpmodel"
+    return chosen() or Path.home() / ".cache" / "tpmodel"
+
+
+def chosen() -> Path | None:
+    """`$TPMODEL_CACHE`, if it is set."""
+    value = os.environ.get("TPMODEL_CACHE")
+    return Path(value).absolute() if value else None
+
+
+def system_name() -> str:
+    """For what lies outside the cache. With another cache it is another: two clusters do not meet."""
+    path = chosen()
+    return f"tpmodel-test-{content_key([str(path)])}" if path else "tpmodel-test"
 
 
 @contextlib.contextmanager

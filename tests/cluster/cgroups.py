@@ -6,9 +6,9 @@ import contextlib
 import time
 from pathlib import Path
 
+from . import cache
 from .errors import ClusterError
 
-TOP = "tpmodel-test"
 REMOVE_SECONDS = 10.0
 CPUSET_FILES = ("cpuset.cpus", "cpuset.mems")
 
@@ -36,11 +36,11 @@ def _mounted() -> tuple[list[Path], list[Path]]:
 def create(node: str) -> str:
     """Makes a node's group and returns its name, as kubelet's cgroupRoot wants it."""
     for hierarchy in used():
-        group = hierarchy / TOP / node
+        group = hierarchy / cache.system_name() / node
         group.mkdir(parents=True, exist_ok=True)
         for made in (group.parent, group):
             _enable(made)
-    return f"/{TOP}/{node}"
+    return f"/{cache.system_name()}/{node}"
 
 
 def _enable(group: Path) -> None:
@@ -65,12 +65,13 @@ def remove() -> None:
 
 def left() -> list[Path]:
     """Groups that are still there; runc makes some in a version 2 beside version 1 too."""
-    return [hierarchy / TOP for mounted in _mounted() for hierarchy in mounted if (hierarchy / TOP).exists()]
+    groups = [hierarchy / cache.system_name() for mounted in _mounted() for hierarchy in mounted]
+    return [group for group in groups if group.exists()]
 
 
-def _remove_tree(top: Path) -> None:
-    groups = [path for path in top.rglob("*") if path.is_dir()]
-    for group in [*sorted(groups, key=lambda path: len(path.parts), reverse=True), top]:
+def _remove_tree(tree: Path) -> None:
+    groups = [path for path in tree.rglob("*") if path.is_dir()]
+    for group in [*sorted(groups, key=lambda path: len(path.parts), reverse=True), tree]:
         _remove(group)
 
 

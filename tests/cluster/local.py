@@ -17,7 +17,7 @@ from .errors import ClusterError
 from .kubectl import Kubectl
 from .network import Network
 from .node import Node
-from .processes import Daemon
+from .processes import Daemon, kill_forgotten
 from .waiting import wait_until
 
 NODES = 3
@@ -150,6 +150,7 @@ class LocalCluster:
             self.controllers.stop()
             self.api.stop()
             self.network.remove()
+            kill_forgotten(self.folder, binaries.folder())
             cgroups.remove()
             kernel_settings.put_back(self._settings_record)
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -135,6 +135,16 @@ class Daemon:
         return f"{self.name} {state}; the end of {self.log}:\n" + "\n".join(lines[-count:])
 
 
+def kill_forgotten(folder: Path, programs: Path) -> None:
+    """Kills daemons of a folder whose records are lost: they work there, and are a program of ours or hold one."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            ours = Path(process.exe()).is_relative_to(programs) or Path(process.exe()).name in ("unshare", "nsenter")
+            if ours and Path(process.cwd()).is_relative_to(folder):
+                process.kill()
+                process.wait(STOP_SECONDS)
+
+
 def run(command: Sequence[str], *, input_text: str | None = None, seconds: float = 120) -> str:
     """Runs a command to its end and returns its output; raises with all of it where it fails."""
     try:
