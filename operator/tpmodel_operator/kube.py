@@ -107,6 +107,8 @@ class Page:
 
     items: list[Json]
     resource_version: str
+    remaining: int = 0
+    """Objects on later pages, where the list is of a whole namespace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +155,10 @@ class Kube:
         while True:
             query = {"limit": str(page), "labelSelector": selector, "continue": token}
             body = await self._call("GET", resource.path(namespace), query=query, accept=accept)
-            token = body["metadata"].get("continue", "")
+            metadata = body["metadata"]
+            token = metadata.get("continue", "")
             # The API server writes null for no items where only metadata is asked for.
-            yield Page(body["items"] or [], body["metadata"]["resourceVersion"])
+            yield Page(body["items"] or [], metadata["resourceVersion"], metadata.get("remainingItemCount", 0))
             if not token:
                 return
 
@@ -190,9 +193,10 @@ class Kube:
         """The whole object; a conflict where it is no longer of the body's resourceVersion."""
         return await self._call("PUT", resource.path(namespace, body["metadata"]["name"]), body=body)
 
-    async def merge(self, resource: Resource, namespace: str, name: str, body: Json) -> Json:
+    async def merge(self, resource: Resource, namespace: str, name: str, body: Json, *, subresource: str = "") -> Json:
         """JSON merge patch."""
-        return await self._call("PATCH", resource.path(namespace, name), body=body, content_type=_MERGE_PATCH)
+        path = resource.path(namespace, name, subresource)
+        return await self._call("PATCH", path, body=body, content_type=_MERGE_PATCH)
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, *, uid: str = "", grace_seconds: int | None = None
