@@ -26,7 +26,9 @@ class HubServer:
         requests: paths asked for, in order.
     """
 
-    def __init__(self, repository: str, files: dict[str, bytes], *, branch: str = "main") -> None:
+    def __init__(
+        self, repository: str, files: dict[str, bytes], *, branch: str = "main", host: str = "127.0.0.1"
+    ) -> None:
         self.repository = repository
         self.files = files
         self.branch = branch
@@ -58,19 +60,21 @@ class HubServer:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @classmethod
-    def of_folder(cls, repository: str, folder: Path) -> Self:
-        """Serves the files of a folder."""
-        return cls(repository, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    def of_folder(cls, repository: str, folder: Path, *, host: str = "127.0.0.1") -> Self:
+        """Serves the files of a folder, at one of this machine's addresses."""
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        return cls(repository, files, host=host)
 
     @property
     def endpoint(self) -> str:
         """What HF_ENDPOINT has to be."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}"
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -99,6 +99,25 @@ def test_what_a_pod_held_before_it_was_killed_is_its_own(path: Path) -> None:
     again.release()
 
 
+def test_a_higher_attempt_of_the_same_gang_takes_over_at_once(path: Path) -> None:
+    """All pods of the lower one were told to end, and a restart must not wait for a dead one's lock."""
+    held = DownloadLock(path, "old pod", gang="chat-0", attempt=1)
+    assert held.try_acquire()
+    new = DownloadLock(path, "new pod", gang="chat-0", attempt=2)
+    assert new.try_acquire()
+    held.release()
+    assert not DownloadLock(path, "old pod", gang="chat-0", attempt=1).try_acquire()
+    new.release()
+
+
+@pytest.mark.parametrize(("gang", "attempt"), [("chat-0", 2), ("chat-0", 1), ("chat-1", 3), ("", 3)])
+def test_nobody_else_does(path: Path, gang: str, attempt: int) -> None:
+    held = DownloadLock(path, "holder", gang="chat-0", attempt=2)
+    assert held.try_acquire()
+    assert not DownloadLock(path, "other", gang=gang, attempt=attempt).try_acquire()
+    held.release()
+
+
 def test_a_lock_whose_maker_died_before_it_wrote_is_taken_over_too(path: Path) -> None:
     path.touch()
     clock = Clock()

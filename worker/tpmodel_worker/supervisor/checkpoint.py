@@ -62,7 +62,16 @@ async def _download(settings: ServeSettings, health: HealthPort, on_event: Event
     source = ModelSource.parse(settings.model_uri, settings.model_revision)
     hub = Hub(os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT, os.environ.get("HF_TOKEN", ""))
     with_weights = settings.load_format != "dummy"
-    download = Download(source, Path(settings.cache_dir), hub, owner=settings.pod_uid, with_weights=with_weights)
+    download = Download(
+        source,
+        Path(settings.cache_dir),
+        hub,
+        owner=settings.pod_uid,
+        # No other gang's leader pod has this name.
+        gang=settings.leader_host,
+        attempt=settings.attempt,
+        with_weights=with_weights,
+    )
     health.show(lambda: _status(settings, download))
     try:
         return await _watch(download, settings.progress_deadline, on_event)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import shutil
@@ -57,6 +58,8 @@ class Download:
         hub: Hub,
         *,
         owner: str,
+        gang: str = "",
+        attempt: int = 0,
         with_weights: bool = True,
         stale_seconds: float = STALE_SECONDS,
         space: Callable[[Path], Space] = disk_space,
@@ -66,6 +69,8 @@ class Download:
         cache: the folder that may be shared.
         hub: where the model is.
         owner: this pod, for the lock.
+        gang: the pod's, for the lock: a higher attempt takes over from a lower one at once.
+        attempt: of the gang.
         with_weights: False: configuration and tokenizer only.
         stale_seconds: after how long a silent holder of the lock counts as dead.
         space: tells a folder's file system.
@@ -73,9 +78,10 @@ class Download:
         self._source = source
         self._folder = cache / "models" / f"{source.organisation}--{source.name}"
         self._hub = hub
-        self._owner = owner
         self._with_weights = with_weights
-        self._stale_seconds = stale_seconds
+        self._make_lock = functools.partial(
+            DownloadLock, owner=owner, gang=gang, attempt=attempt, stale_seconds=stale_seconds
+        )
         self._space = space
         self._turn = Turn()
         self.progress = Progress(source=str(source))
@@ -128,7 +134,7 @@ class Download:
 
     def _take_turns(self, snapshot: Snapshot, target: Path) -> None:
         """Fetches, or waits for whoever does; in the end the target is there."""
-        lock = DownloadLock(target.with_name(f"{target.name}.lock"), self._owner, stale_seconds=self._stale_seconds)
+        lock = self._make_lock(target.with_name(f"{target.name}.lock"))
         partial = target.with_name(f"{target.name}.partial")
         while not target.is_dir():
             if not lock.try_acquire():

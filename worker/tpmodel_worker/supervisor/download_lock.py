@@ -2,8 +2,9 @@
 
 flock means nothing on some network file systems; exclusive creation works on all. The file says who holds the lock,
 and a number that rises while the holder lives. Nobody's clock is compared with anybody else's: a lock is stale for
-whoever has seen it unchanged for a minute of its own time. Two holders at once cannot be ruled out (one may have been
-stopped for that minute), so what is done under the lock must survive it; the one that has lost the lock finds out.
+whoever has seen it unchanged for a minute of its own time, and at once for a pod of the same gang at a higher attempt:
+the holder's whole gang was told to end. Two holders at once cannot be ruled out (one may have been stopped for that
+minute), so what is done under the lock must survive it; the one that has lost the lock finds out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 _log = logging.getLogger(__name__)
 
@@ -33,12 +36,23 @@ class DownloadLock:
         path: Path,
         owner: str,
         *,
+        gang: str = "",
+        attempt: int = 0,
         stale_seconds: float = STALE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """owner: who this is, unique among all that live; what it had held before it died is its own."""
+        """Args:
+        path: the file.
+        owner: who this is, unique among all that live; what it had held before it died is its own.
+        gang: which gang the owner belongs to, unique among all that use the folder; "": none.
+        attempt: the gang's, as the owner knows it.
+        stale_seconds: after how long a silent holder counts as dead.
+        clock: seconds.
+        """
         self._path = path
         self._owner = owner
+        self._gang = gang
+        self._attempt = attempt
         self._stale_seconds = stale_seconds
         self._clock = clock
         self._descriptor: int | None = None
@@ -91,8 +105,10 @@ class DownloadLock:
         now = self._clock()
         if content != self._seen:
             self._seen, self._seen_since = content, now
-        self.holder = _owner_of(content)
-        return self.holder == self._owner or now - self._seen_since >= self._stale_seconds
+        holder = _Holder.read(content)
+        self.holder = holder.owner
+        superseded = bool(self._gang) and holder.gang == self._gang and holder.attempt < self._attempt
+        return holder.owner == self._owner or superseded or now - self._seen_since >= self._stale_seconds
 
     def _remove_dead(self) -> None:
         """Removes the file that was seen; of several that try, one does."""
@@ -118,7 +134,9 @@ class DownloadLock:
     def _write(self, count: int) -> None:
         # Through the descriptor: if the lock was taken over, this goes to the file that is none any more.
         assert self._descriptor is not None
-        content = json.dumps({"owner": self._owner, "beat": f"{count:012d}"})
+        content = json.dumps(
+            {"owner": self._owner, "gang": self._gang, "attempt": self._attempt, "beat": f"{count:012d}"}
+        )
         os.pwrite(self._descriptor, content.encode(), 0)
         os.fsync(self._descriptor)
 
@@ -130,8 +148,18 @@ class DownloadLock:
             return False
 
 
-def _owner_of(content: bytes) -> str:
-    try:
-        return str(json.loads(content)["owner"])
-    except (ValueError, KeyError, TypeError):
-        return ""  # its maker has not come to write it, or has died before
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """Who holds a lock, as its file says."""
+
+    owner: str = ""
+    gang: str = ""
+    attempt: int = 0
+
+    @classmethod
+    def read(cls, content: bytes) -> Self:
+        try:
+            found = json.loads(content)
+            return cls(str(found["owner"]), str(found.get("gang", "")), int(found.get("attempt", 0)))
+        except (ValueError, KeyError, TypeError):
+            return cls()  # its maker has not come to write it, or has died before
