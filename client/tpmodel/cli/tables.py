@@ -11,6 +11,4 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return []
     lines = [header, *rows] if header else list(rows)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
