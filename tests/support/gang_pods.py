@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 MODEL = Path(__file__).parents[2] / "examples" / "default_model"
 TESTS = Path(__file__).parents[1]
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 TOKEN = "a token for gangs"
 LEADER = "gang-0.pods.test"
 READY = "tpmodel.v1.Ready"
@@ -64,12 +64,14 @@ def loopback_address() -> str:
 class GangPod:
     """One pod's supervisor process."""
 
-    def __init__(self, gang: Gang, index: int, *, attempt: int, options: Sequence[str]) -> None:
+    def __init__(
+        self, gang: Gang, index: int, *, attempt: int, options: Sequence[str], uid: str, prefix: Sequence[str]
+    ) -> None:
         self.index = index
         self.ip = loopback_address()
-        self.uid = str(uuid.uuid4())
-        self.name = f"gang-{index}"
-        self.folder = gang.folder / f"pod-{index}-{self.uid[:8]}"
+        self.uid = uid or str(uuid.uuid4())
+        self.name = f"{gang.folder.name}-{index}"
+        self.folder = gang.folder / f"pod-{index}-{uuid.uuid4().hex[:8]}"
         self.folder.mkdir(parents=True)
         # Paths of Unix sockets are short.
         self._runtime = tempfile.TemporaryDirectory(prefix="gang-", dir="/tmp")
@@ -89,7 +91,7 @@ class GangPod:
         }  # fmt: skip
         with (self.folder / "output").open("wb") as output:
             self.process = psutil.Popen(
-                [*command, f"--host={self.ip}"],
+                [*prefix, *command, f"--host={self.ip}"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -140,7 +142,7 @@ class GangPod:
         """Asked on the health port."""
         with grpc.insecure_channel(f"{self.ip}:9002") as channel:
             stub = worker_pb2_grpc.StatusServiceStub(channel)
-            return stub.GangStatus(worker_pb2.GangStatusRequest(), timeout=5, wait_for_ready=True)
+            return stub.GangStatus(worker_pb2.GangStatusRequest(), timeout=WAIT_SECONDS, wait_for_ready=True)
 
     def pid_of(self, name: str) -> int:
         """Of the newest process of that name."""
@@ -220,9 +222,27 @@ class Gang:
         new.write_text(json.dumps(self.names))
         new.rename(self.names_file)
 
-    def start(self, index: int, *, attempt: int = 1, options: Sequence[str] = (), publish: bool = True) -> GangPod:
-        """Starts a pod; publish: a leader pod's name is known at once."""
-        pod = GangPod(self, index, attempt=attempt, options=options)
+    def start(
+        self,
+        index: int,
+        *,
+        attempt: int = 1,
+        options: Sequence[str] = (),
+        publish: bool = True,
+        uid: str = "",
+        prefix: Sequence[str] = (),
+    ) -> GangPod:
+        """Starts a pod.
+
+        Args:
+            index: which.
+            attempt: of the gang.
+            options: further flags.
+            publish: a leader pod's name is known at once.
+            uid: of a pod whose container is started again; "": a new one.
+            prefix: a command that runs the pod's.
+        """
+        pod = GangPod(self, index, attempt=attempt, options=options, uid=uid, prefix=prefix)
         self.pods.append(pod)
         if index == 0 and publish:
             self.publish(leader=pod.ip)
