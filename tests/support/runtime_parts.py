@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -81,7 +82,20 @@ class Parts:
     async def run_pass(self) -> float | None:
         """What the watches hold is brought up to date, then one pass."""
         self.watch()
-        return await self.reconciler.run_pass(Turn(key=KEY, queued=0.0))
+        due = await self.reconciler.run_pass(Turn(key=KEY, queued=0.0))
+        await self.post_events()
+        return due
+
+    async def post_events(self) -> None:
+        """Everything that waits to be posted is."""
+        posting = asyncio.create_task(self.events.run())
+        flushing = asyncio.create_task(self.events.flush())
+        await asyncio.wait([posting, flushing], return_when=asyncio.FIRST_COMPLETED)
+        flushing.cancel()
+        if not posting.done():
+            posting.cancel()
+            return
+        await posting
 
     def watch(self) -> None:
         """As if every watch had just caught up."""
