@@ -139,9 +139,11 @@ def _refused_configurations(gang: Gang) -> Iterator[Fault]:
 
 def _while_forming(gang: Gang, around: Circumstances) -> Iterator[Fault]:
     if formation.is_complete(gang):
-        # What ended before the last container started is over; what is down now is a fault of the complete gang.
+        # What ended before the gang was complete is over; what is down now is a fault of the complete gang.
+        newest = max(pod.created for pod in gang.pods)
         for pod in gang.pods:
-            if not pod.running:
+            early = pod.ended is not None and pod.ended.time is not None and pod.ended.time < newest
+            if not pod.running and not early:
                 yield from _of_pod(gang, pod, around)
         return
     deadline = formation.deadline(gang, around.recovery)

@@ -72,12 +72,17 @@ class FaultyCluster(Cluster):
     # ---------------------------------------------------------------------------------------------- by itself
 
     def move(self) -> bool:
-        """One thing that the cluster does by itself; False: there is nothing to do."""
+        """One thing that the cluster does by itself, which takes a second; False: there is nothing to do."""
         possible = [self.statefulset_step, self.taint_step]
         possible += [lambda pod=pod: self.pod_step(pod) for pod in self.pods.values()]
         possible += [lambda name=name: self.world_step(name) for name in self.statefulsets]
         self.random.shuffle(possible)
-        return any(step() for step in possible)
+        if not any(step() for step in possible):
+            return False
+        self.wait(1)
+        for name in self.statefulsets:
+            self.notice_losses(name)
+        return True
 
     def statefulset_step(self) -> bool:
         """One missing pod is made."""
@@ -138,10 +143,6 @@ class FaultyCluster(Cluster):
             return False
         whole = len(alive) == self.statefulsets[name].pods
         draining = any(pod.deleting_since is not None for pod in pods.values())
-        if leader.uid in self.worlds and not all(self._of_world(alive.get(index)) for index in pods):
-            self.worlds.discard(leader.uid)
-            self.end_container(leader, 75, "a rank was lost")
-            return True
         ready = whole and not draining and leader.uid not in self.hung
         if ready == leader.ready:
             return False
@@ -150,6 +151,17 @@ class FaultyCluster(Cluster):
         for pod in alive.values() if ready else [leader]:
             self.change(pod, ready=ready, ready_changed=self.now)
         return True
+
+    def notice_losses(self, name: str) -> None:
+        """A leader learns of a lost peer much faster than anything changes in the API: its session breaks."""
+        pods = {pod.index: pod for pod in self.pods.values() if pod.gang == name}
+        leader = pods.get(0)
+        if leader is None or leader.uid not in self.worlds or not self.nodes[leader.node].ready:
+            return
+        peers = [pods.get(index) for index in range(self.statefulsets[name].pods)]
+        if leader.running and not all(peer is not None and peer.running and self._of_world(peer) for peer in peers):
+            self.worlds.discard(leader.uid)
+            self.end_container(leader, 75, "a rank was lost")
 
     def come_to_rest(self, *, hours: float = 48) -> None:
         """No more faults: passes happen only when something changed, or when the last one asked for it."""

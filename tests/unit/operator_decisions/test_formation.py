@@ -64,6 +64,19 @@ def test_a_container_that_is_down_when_the_last_one_has_started_is_a_fault():
     assert restarts(cluster) == 1
 
 
+def test_a_container_that_went_down_before_the_last_pod_was_even_made_is_no_fault():
+    cluster = forming()
+    cluster.change(cluster.pod(0), running=True)
+    cluster.end_container(cluster.pod(0), 75)
+    cluster.wait(10)
+    cluster.delete_pod(cluster.pod(1).uid, 0)
+    cluster.statefulset_controller()
+    cluster.change(cluster.pod(1), running=True)
+    cluster.reconcile()
+    assert restarts(cluster) == 0
+    assert cluster.gang_status().formed
+
+
 def test_an_end_that_was_seen_while_forming_is_not_brought_up_later():
     cluster = forming()
     cluster.change(cluster.pod(0), running=True)
