@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .local import LocalCluster
@@ -34,11 +34,14 @@ class Faults:
         self.cluster.network.set_link(broken.number, up=True)
         self.cluster.wait_ready()
 
-    def restart_apiserver(self, *, pause: float = 0.0) -> None:
-        """Kills the API server, and with it every watch; starts it after the pause. The state is in etcd."""
+    @contextlib.contextmanager
+    def without_apiserver(self) -> Iterator[None]:
+        """Kills the API server, and with it every watch, for as long as the block lasts. The state is in etcd."""
         self.cluster.api.apiserver.kill()
-        time.sleep(pause)
-        self.cluster.api.start_apiserver()
+        try:
+            yield
+        finally:
+            self.cluster.api.start_apiserver()
 
     def deny_names(self, names: Iterable[str]) -> None:
         """These names do not exist (NXDOMAIN), nor those below them, until called again; none: all exist."""

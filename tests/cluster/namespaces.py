@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -42,6 +43,19 @@ class Namespaces:
     def exist(self) -> bool:
         """Whether commands can enter."""
         return self._first() is not None
+
+    def is_furnished(self) -> bool:
+        """Whether `furnished` was called since they were made."""
+        record = self._furnished
+        return self.exist() and record.exists() and record.read_text() == str(self.first_process())
+
+    def furnished(self) -> None:
+        """Notes that all that belongs inside has been made, so that an interrupted start is seen as such."""
+        self._furnished.write_text(str(self.first_process()))
+
+    @property
+    def _furnished(self) -> Path:
+        return self.holder.folder / f"{self.holder.name}.furnished"
 
     def first_process(self) -> int:
         """Its process id, as seen from outside."""

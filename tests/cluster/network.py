@@ -31,8 +31,9 @@ class Network:
 
     def create(self, nodes: int) -> None:
         """The switch, this machine's link to it, and routes to all nodes' pods."""
-        if self.switch.exist() and Path(f"/sys/class/net/{HOST_INTERFACE}").exists():
+        if self.switch.is_furnished() and left():
             return
+        self.remove()
         self.switch.create()
         switch = self.switch.first_process()
         self._inside("link", "add", BRIDGE, "type", "bridge")
@@ -44,6 +45,7 @@ class Network:
         for number in range(1, nodes + 1):
             _ip("route", "replace", addresses.pod_subnet(number), "via", addresses.node_address(number))
         _ip("route", "replace", addresses.SERVICE_RANGE, "via", addresses.node_address(1))
+        self.switch.furnished()
 
     def attach(self, node: Namespaces, number: int, nodes: int) -> None:
         """Links a node to the switch and gives it its address and routes."""
@@ -84,7 +86,7 @@ class Network:
 
 def left() -> bool:
     """Whether this machine's interface is still there."""
-    return Path(f"/sys/class/net/{HOST_INTERFACE}").exists()
+    return HOST_INTERFACE in run(["ip", "-brief", "link"])
 
 
 def _link(number: int) -> str:

@@ -64,10 +64,12 @@ class Node:
 
     def start(self) -> None:
         """Starts what does not run; returns when containerd answers (readiness is the cluster's to wait for)."""
-        if not self.namespaces.exist():
+        if not self.namespaces.is_furnished():
+            self.destroy()
             self.namespaces.create()
             self._mount()
             self.network.attach(self.namespaces, self.number, self.count)
+            self.namespaces.furnished()
         self._write_configuration()
         self.start_containerd()
         self._start_proxy()
