@@ -68,7 +68,9 @@ class LastingChildren:
     async def _remove(self, model: TPModel, resource: Resource, name: str) -> None:
         child = (resource.kind, name)
         if self._is_due(model, child, NONE_WANTED):
-            await self._kube.discard(resource, model.namespace, name)
+            # Without a status nothing has been made for the model yet.
+            if model.status.observed_generation:
+                await self._kube.discard(resource, model.namespace, name)
             self._note(model, child, NONE_WANTED)
 
     def _is_due(self, model: TPModel, child: Child, digest: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 
 from tpmodel_operator import records
 from tpmodel_operator.api import TPModel
@@ -14,6 +15,15 @@ from tpmodel_operator.records import UnreadableModelError
 Model = TPModel | UnreadableModelError
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A TPModel that needs a pass."""
+
+    key: Key
+    spec: bool
+    """Whether its user changed it, rather than its status or metadata."""
+
+
 class ModelStore:
     """The watch may bring an older state than our own last write answered with: the newest version counts."""
 
@@ -22,15 +32,20 @@ class ModelStore:
         self._by_key: defaultdict[Key, set[str]] = defaultdict(set)
         self._delivered: dict[str, int] = {}
 
-    def deliver(self, item: Json, *, deleted: bool = False) -> Key | None:
+    def deliver(self, item: Json, *, deleted: bool = False) -> Change | None:
         """Takes in what the watch brought; returns the TPModel if it needs a pass for it."""
         metadata = item["metadata"]
         uid = metadata["uid"]
         if deleted:
             self._delivered.pop(uid, None)
-            return self._forget(uid)
+            key = self._forget(uid)
+            return Change(key, spec=True) if key is not None else None
         self._delivered[uid] = max(records.version(item), self._delivered.get(uid, 0))
-        return self._keep(item)
+        before = self._models.get(uid)
+        key = self._keep(item)
+        if key is None:
+            return None
+        return Change(key, spec=before is None or identity(before).generation != metadata.get("generation", 0))
 
     def wrote(self, item: Json) -> None:
         """Takes in the answer to a write."""

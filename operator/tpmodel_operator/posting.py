@@ -1,12 +1,17 @@
-"""Posts Kubernetes Events about TPModels. The same one again is counted, not repeated."""
+"""Posts Kubernetes Events about TPModels. The same one again is counted, not repeated.
+
+They are posted one after the other, beside the passes: no gang waits for what is said about it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from typing import NoReturn
 
 from tpmodel_operator import clock, names
 from tpmodel_operator.actions import Event
@@ -15,6 +20,7 @@ from tpmodel_operator.kube import EVENTS, ApiError, Json, Kube
 
 logger = logging.getLogger(__name__)
 
+MOST_WAITING = 10_000
 REMEMBERED = 2000
 """Events whose counts are kept."""
 LONGEST_MESSAGE = 1024
@@ -30,22 +36,36 @@ class EventPoster:
         self._instance = instance
         self._now = now
         self._counts: OrderedDict[str, int] = OrderedDict()
+        self._waiting: asyncio.Queue[Json] = asyncio.Queue(MOST_WAITING)
 
-    async def post(self, model: TPModel, events: Iterable[Event]) -> None:
-        """Posts all, in order."""
+    def post(self, model: TPModel, events: Iterable[Event]) -> None:
+        """Logs them, and leaves them to be posted."""
         for event in events:
             level = logging.WARNING if event.type == "Warning" else logging.INFO
             who = {"model": f"{model.namespace}/{model.name}"}
             logger.log(level, "%s: %s", event.reason, event.message, extra=who)
             try:
-                await self._post(model, event)
+                self._waiting.put_nowait(event_body(model, event, now=self._now(), instance=self._instance))
+            except asyncio.QueueFull:
+                logger.warning("too many Events wait: this one is not posted", extra=who)
+
+    async def run(self) -> NoReturn:
+        """Posts for ever."""
+        while True:
+            body = await self._waiting.get()
+            try:
+                await self._post(body)
             except ApiError as error:
                 if not error.namespace_ends:
-                    logger.warning("Event %s was not posted: %s", event.reason, error, extra=who)
+                    logger.warning("Event %s was not posted: %s", body["metadata"]["name"], error)
+            self._waiting.task_done()
 
-    async def _post(self, model: TPModel, event: Event) -> None:
-        body = event_body(model, event, now=self._now(), instance=self._instance)
-        namespace, name = model.namespace, body["metadata"]["name"]
+    async def flush(self) -> None:
+        """Returns when all have been posted."""
+        await self._waiting.join()
+
+    async def _post(self, body: Json) -> None:
+        namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
         if name not in self._counts:
             if await self._create(namespace, body):
                 return

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 from tpmodel_operator.kube import ApiError
 
@@ -28,6 +29,14 @@ class Key:
         return f"{self.namespace}/{self.name}"
 
 
+class Urgency(IntEnum):
+    """What is served first: an answer to a fault does not wait for new models, and these not for what is shown."""
+
+    FAULT = 0
+    SPEC = 1
+    OTHER = 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One key handed to a worker."""
@@ -37,6 +46,7 @@ class Turn:
     """When it began to wait, by the queue's clock."""
     event: float | None = None
     """When the oldest alarming event arrived that this pass is the first to see; None: there was none."""
+    urgency: Urgency = Urgency.OTHER
 
 
 def backoff(failures: int) -> float:
@@ -45,12 +55,11 @@ def backoff(failures: int) -> float:
 
 
 class WorkQueue:
-    """Alarming events overtake everything else: a thousand new models must not delay the answer to a fault."""
+    """Keys wait by urgency, and within one in order of arrival."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._urgent: OrderedDict[Key, Turn] = OrderedDict()
-        self._other: OrderedDict[Key, Turn] = OrderedDict()
+        self._waiting: dict[Urgency, OrderedDict[Key, Turn]] = {urgency: OrderedDict() for urgency in Urgency}
         self._running: set[Key] = set()
         self._again: dict[Key, Turn] = {}
         self._timers: dict[Key, asyncio.TimerHandle] = {}
@@ -61,15 +70,15 @@ class WorkQueue:
     @property
     def depth(self) -> int:
         """Keys that wait."""
-        return len(self._urgent) + len(self._other) + len(self._again)
+        return sum(map(len, self._waiting.values())) + len(self._again)
 
-    def add(self, key: Key, *, event: float | None = None) -> None:
-        """A pass is needed as soon as possible; event: when an alarming event arrived."""
+    def add(self, key: Key, urgency: Urgency = Urgency.OTHER, *, event: float | None = None) -> None:
+        """A pass is needed as soon as possible; event: when a fault was heard of."""
+        turn = Turn(key=key, queued=self._clock(), event=event, urgency=urgency)
         if key in self._running:
-            self._again[key] = _merged(self._again.get(key), self._turn(key, event))
-            return
-        waiting = self._urgent.pop(key, None) or self._other.pop(key, None)
-        self._wait(_merged(waiting, self._turn(key, event)))
+            self._again[key] = _merged(self._again.get(key), turn)
+        else:
+            self._wait(_merged(self._unwait(key), turn))
 
     def schedule(self, key: Key, delay: float) -> None:
         """A pass is needed after the delay; takes the place of what was scheduled for the key before."""
@@ -79,7 +88,7 @@ class WorkQueue:
     async def get(self) -> Turn | None:
         """The next key, which is the caller's until done(); None once the queue is closed."""
         while not self._closed:
-            if waiting := self._urgent or self._other:
+            if waiting := next(filter(None, self._waiting.values()), None):
                 _, turn = waiting.popitem(last=False)
                 self._running.add(turn.key)
                 return turn
@@ -114,9 +123,6 @@ class WorkQueue:
             self._unschedule(key)
         self._available.set()
 
-    def _turn(self, key: Key, event: float | None) -> Turn:
-        return Turn(key=key, queued=self._clock(), event=event)
-
     def _due(self, key: Key) -> None:
         del self._timers[key]
         self.add(key)
@@ -126,15 +132,22 @@ class WorkQueue:
             timer.cancel()
 
     def _wait(self, turn: Turn) -> None:
-        (self._other if turn.event is None else self._urgent)[turn.key] = turn
+        self._waiting[turn.urgency][turn.key] = turn
         self._available.set()
+
+    def _unwait(self, key: Key) -> Turn | None:
+        for waiting in self._waiting.values():
+            if turn := waiting.pop(key, None):
+                return turn
+        return None
 
 
 def _merged(earlier: Turn | None, turn: Turn) -> Turn:
     """One pass for both; how long it waited counts from the earlier."""
     if earlier is None:
         return turn
-    return replace(earlier, event=turn.event if earlier.event is None else earlier.event)
+    event = turn.event if earlier.event is None else earlier.event
+    return replace(earlier, event=event, urgency=min(earlier.urgency, turn.urgency))
 
 
 Pass = Callable[[Turn], Awaitable[float | None]]

@@ -89,7 +89,7 @@ class Reconciler:
         if deleted and turn.event is not None:
             self._metrics.restart_reaction.observe(time.monotonic() - turn.event)
         self._history.learn(observed, decision.status)
-        await self._events.post(known, decision.events)
+        self._events.post(known, decision.events)
         return self._next_pass(observed, decision)
 
     async def _write_status(self, model: TPModel, wanted: TPModelStatus) -> bool:
@@ -130,7 +130,7 @@ class Reconciler:
         now = datetime.now(UTC)
         wanted = status.build(model, situation, [], now)
         if wanted != model.status and await self._write_status(model, wanted):
-            await self._events.post(model, [Event(type="Warning", reason=refusal.reason, message=refusal.message)])
+            self._events.post(model, [Event(type="Warning", reason=refusal.reason, message=refusal.message)])
         return self._resync()
 
     def _next_pass(self, observed: Observed, decision: Decision) -> float:

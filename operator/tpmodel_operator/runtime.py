@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -21,7 +22,7 @@ from tpmodel_operator.observe import Observer
 from tpmodel_operator.observed import PodRecord, StatefulSetRecord
 from tpmodel_operator.posting import EventPoster
 from tpmodel_operator.probes import Health, finished
-from tpmodel_operator.queue import WorkQueue, work
+from tpmodel_operator.queue import Key, Urgency, WorkQueue, work
 from tpmodel_operator.reconcile import Reconciler
 from tpmodel_operator.settings import OperatorSettings
 from tpmodel_operator.store import R, Store
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 CRD_PATIENCE_SECONDS = 2.0
 TIDY_SECONDS = 600.0
+FLUSH_SECONDS = 2.0
 
 
 class Runtime:
@@ -69,6 +71,7 @@ class Runtime:
         self._tokens = Tokens(kube)
         self._lasting = LastingChildren(kube, settings)
         self._reports = GangReports(self._pods, changed=self._queue.add)
+        self._events = EventPoster(kube, instance=settings.pod_name)
         self._namespaces = settings.watch_namespaces or (None,)
         self._watches = [
             watch
@@ -92,7 +95,7 @@ class Runtime:
                 reports=self._reports.of,
             ),
             applier=Applier(kube, attempts=self._attempts, tokens=self._tokens, lasting=self._lasting, permit=permit),
-            events=EventPoster(kube, instance=settings.pod_name),
+            events=self._events,
             settings=settings,
             metrics=metrics,
             permit=permit,
@@ -116,6 +119,7 @@ class Runtime:
         await self._unless_ended(asyncio.ensure_future(self._model_watch.started.wait()))
         self._start(self._audit.run(), "audit")
         self._start(self._reports.run(), "reports of gangs")
+        self._start(self._events.run(), "posting of Events")
         self._start(self._tidy(), "tidying")
         self._workers = [
             self._start(work(self._queue, self._reconciler.run_pass), f"worker {number}")
@@ -124,10 +128,13 @@ class Runtime:
         await self._unless_ended(models)
 
     async def finish_passes(self, seconds: float) -> None:
-        """No pass begins any more; those under way may end."""
+        """No pass begins any more; those under way may end, and their Events may be posted."""
         self._queue.close()
         if self._workers:
             await asyncio.wait(self._workers, timeout=seconds)
+        if seconds:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._events.flush(), FLUSH_SECONDS)
 
     async def close(self) -> None:
         """Ends everything, at once."""
@@ -153,7 +160,7 @@ class Runtime:
             namespace,
             parse=parse,
             store=store,
-            changed=lambda key, at: self._queue.add(key, event=at),
+            changed=self._object_changed,
             metrics=self._metrics,
             alarming=alarming,
         )
@@ -167,9 +174,12 @@ class Runtime:
             Audited(resource=MODELS, namespaces=spaces, selector="", held=self._models.versions),
         ]
 
+    def _object_changed(self, key: Key, alarm: float | None) -> None:
+        self._queue.add(key, Urgency.OTHER if alarm is None else Urgency.FAULT, event=alarm)
+
     def _deliver(self, item: Json, deleted: bool) -> None:
-        if (key := self._models.deliver(item, deleted=deleted)) is not None:
-            self._queue.add(key)
+        if (change := self._models.deliver(item, deleted=deleted)) is not None:
+            self._queue.add(change.key, Urgency.SPEC if change.spec else Urgency.OTHER)
 
     async def _wait_for_crd(self) -> None:
         """kopf looks for it once only."""

@@ -2,7 +2,7 @@
 
 from support.api_objects import at, tpmodel
 from tpmodel_operator.api import TPModel
-from tpmodel_operator.models import ModelStore
+from tpmodel_operator.models import Change, ModelStore
 from tpmodel_operator.queue import Key
 from tpmodel_operator.records import UnreadableModelError
 
@@ -17,7 +17,7 @@ def known(store: ModelStore) -> TPModel:
 
 def test_a_new_tpmodel_needs_a_pass():
     store = ModelStore()
-    assert store.deliver(tpmodel()) == M
+    assert store.deliver(tpmodel()) == Change(M, spec=True)
     assert known(store).uid == "uid-of-m"
 
 
@@ -34,7 +34,7 @@ def test_the_echo_of_our_own_write_needs_no_pass():
     store.deliver(tpmodel(version=1))
     store.wrote(tpmodel(version=5))
     assert store.deliver(tpmodel(version=5)) is None
-    assert store.deliver(tpmodel(version=6)) == M
+    assert store.deliver(tpmodel(version=6)) == Change(M, spec=False)
 
 
 def test_the_watch_is_judged_by_what_it_brought_not_by_our_writes():
@@ -47,7 +47,7 @@ def test_the_watch_is_judged_by_what_it_brought_not_by_our_writes():
 def test_a_deleted_tpmodel_is_forgotten():
     store = ModelStore()
     store.deliver(tpmodel())
-    assert store.deliver(tpmodel(version=2), deleted=True) == M
+    assert store.deliver(tpmodel(version=2), deleted=True) == Change(M, spec=True)
     assert store.get(M) is None
     assert len(store) == 0
     assert store.versions() == {}
@@ -72,7 +72,15 @@ def test_a_tpmodel_that_is_going_says_so():
 
 def test_a_spec_that_cannot_be_read_is_known_as_such_until_it_can():
     store = ModelStore()
-    assert store.deliver(tpmodel(version=1, newField=1)) == M
+    assert store.deliver(tpmodel(version=1, newField=1)) is not None
     assert isinstance(store.get(M), UnreadableModelError)
-    assert store.deliver(tpmodel(version=2)) == M
+    assert store.deliver(tpmodel(version=2)) is not None
     assert known(store).resource_version == "2"
+
+
+def test_a_change_of_the_spec_is_told_from_others():
+    store = ModelStore()
+    store.deliver(tpmodel(version=1))
+    changed = tpmodel(version=2)
+    changed["metadata"]["generation"] = 2
+    assert store.deliver(changed) == Change(M, spec=True)

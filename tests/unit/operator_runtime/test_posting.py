@@ -1,5 +1,7 @@
 """Events: posted once, counted afterwards, and never in a pass's way."""
 
+import asyncio
+
 from support.api_objects import START, tpmodel
 from support.fake_kube import FakeKube
 from support.runtime_parts import Parts, stored
@@ -13,9 +15,16 @@ RESTART = Event(type="Warning", reason="GangRestart", message="gang m-0-abcde re
 READY = Event(type="Normal", reason="Ready", message="1 of 1 gangs are ready")
 
 
+async def post(parts: Parts, *events: Event) -> None:
+    parts.events.post(MODEL, events)
+    posting = asyncio.create_task(parts.events.run())
+    await asyncio.wait_for(parts.events.flush(), 1)
+    posting.cancel()
+
+
 async def test_an_event_is_about_its_tpmodel():
     fake = FakeKube()
-    await Parts(fake).events.post(MODEL, [RESTART])
+    await post(Parts(fake), RESTART)
     (event,) = stored(fake, "events").values()
     assert (event["type"], event["reason"], event["count"]) == ("Warning", "GangRestart", 1)
     assert event["involvedObject"]["uid"] == MODEL.uid
@@ -25,21 +34,21 @@ async def test_the_same_event_again_is_counted():
     fake = FakeKube()
     parts = Parts(fake)
     for _ in range(3):
-        await parts.events.post(MODEL, [RESTART])
+        await post(parts, RESTART)
     (event,) = stored(fake, "events").values()
     assert event["count"] == 3
 
 
 async def test_other_events_are_events_of_their_own():
     fake = FakeKube()
-    await Parts(fake).events.post(MODEL, [RESTART, READY])
+    await post(Parts(fake), RESTART, READY)
     assert len(stored(fake, "events")) == 2
 
 
 async def test_the_next_process_counts_on():
     fake = FakeKube()
-    await Parts(fake).events.post(MODEL, [RESTART])
-    await Parts(fake).events.post(MODEL, [RESTART])
+    await post(Parts(fake), RESTART)
+    await post(Parts(fake), RESTART)
     (event,) = stored(fake, "events").values()
     assert event["count"] == 2
 
@@ -47,17 +56,17 @@ async def test_the_next_process_counts_on():
 async def test_an_event_that_the_server_has_dropped_is_posted_anew():
     fake = FakeKube()
     parts = Parts(fake)
-    await parts.events.post(MODEL, [RESTART])
+    await post(parts, RESTART)
     (name,) = stored(fake, "events")
     fake.remove(EVENTS, "default", name)
-    await parts.events.post(MODEL, [RESTART])
+    await post(parts, RESTART)
     assert stored(fake, "events")[name]["count"] == 1
 
 
 async def test_an_event_that_cannot_be_posted_is_only_logged(caplog):
     fake = FakeKube()
     fake.fail = lambda call: ApiError(500, "InternalError", "no room")
-    await Parts(fake).events.post(MODEL, [RESTART])
+    await post(Parts(fake), RESTART)
     assert "no room" in caplog.text
 
 

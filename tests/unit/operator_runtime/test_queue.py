@@ -3,7 +3,7 @@
 import asyncio
 
 from tpmodel_operator.kube import ApiError
-from tpmodel_operator.queue import Key, Turn, WorkQueue, backoff, work
+from tpmodel_operator.queue import Key, Turn, Urgency, WorkQueue, backoff, work
 
 A, B, C = Key("default", "a"), Key("default", "b"), Key("default", "c")
 
@@ -41,20 +41,38 @@ async def test_a_key_that_is_being_worked_on_waits_for_the_end_of_its_pass():
     assert (await turn(queue)).key == A
 
 
-async def test_a_pod_event_overtakes_what_waits():
+async def test_faults_overtake_changed_specs_and_these_all_else():
     queue = WorkQueue()
     queue.add(A)
-    queue.add(B)
-    queue.add(C, event=1.0)
+    queue.add(B, Urgency.SPEC)
+    queue.add(C, Urgency.FAULT)
+    assert [(await turn(queue)).key for _ in range(3)] == [C, B, A]
+
+
+async def test_keys_of_one_urgency_come_in_their_order():
+    queue = WorkQueue()
+    for key in (C, A, B):
+        queue.add(key, Urgency.SPEC)
     assert [(await turn(queue)).key for _ in range(3)] == [C, A, B]
 
 
-async def test_a_pod_event_moves_a_waiting_key_to_the_front():
+async def test_a_waiting_key_keeps_its_highest_urgency():
     queue = WorkQueue()
     queue.add(A)
     queue.add(B)
-    queue.add(B, event=1.0)
+    queue.add(B, Urgency.FAULT)
+    queue.add(B)
     assert [(await turn(queue)).key for _ in range(2)] == [B, A]
+
+
+async def test_a_key_that_is_being_worked_on_keeps_its_urgency_for_the_next_turn():
+    queue = WorkQueue()
+    queue.add(A)
+    await turn(queue)
+    queue.add(B)
+    queue.add(A, Urgency.FAULT)
+    queue.done(A)
+    assert [(await turn(queue)).key for _ in range(2)] == [A, B]
 
 
 async def test_a_turn_knows_its_oldest_event():
