@@ -1,7 +1,7 @@
 """What runs in client pods: a user's program on the project's own client. Needs nothing else of the repository.
 
     python client_program.py complete < one JSON object: target, prompts, options
-    python client_program.py load '<JSON object: target, streams, tokens, pause>'    until its input ends
+    python client_program.py load '<JSON object: see load()>'    until its input ends
 
 Every line of output is one JSON object.
 """
@@ -22,6 +22,8 @@ from tpmodel import AsyncClient, TpmodelError
 from tpmodel.channel import RetryPolicy
 
 PROMPT = [11, 42, 7, 99]
+LONGEST = 600.0
+"""Seconds; a stream that hangs ends as an error."""
 
 
 @dataclass
@@ -75,8 +77,16 @@ async def complete(target: str, prompts: list[list[int]], options: dict[str, Any
             group.create_task(one(client, number, prompt))
 
 
-async def load(target: str, streams: int, tokens: int, pause: float = 0.0) -> None:
-    """Keeps so many streams open, of so many tokens each, until the input ends; then finishes those that run."""
+async def load(target: str, streams: int, tokens: int, seconds: float, pause: float) -> None:
+    """Keeps so many streams open until the input ends, then finishes those that run.
+
+    Args:
+        target: what to dial.
+        streams: how many are open at a time.
+        tokens: length of each answer.
+        seconds: a stream that still runs after so long is left at its next token: it is alive, and has been all along.
+        pause: before the next stream, when one has ended.
+    """
     stopped = asyncio.Event()
 
     async def listen() -> None:
@@ -85,7 +95,7 @@ async def load(target: str, streams: int, tokens: int, pause: float = 0.0) -> No
 
     async def keep_one_open(client: AsyncClient, numbers: Iterator[int]) -> None:
         while not stopped.is_set():
-            await stream(client, Record(next(numbers), time.time()), tokens)
+            await stream(client, Record(next(numbers), time.time()), tokens, seconds)
             await asyncio.sleep(pause)
 
     numbers = iter(range(sys.maxsize))
@@ -95,15 +105,19 @@ async def load(target: str, streams: int, tokens: int, pause: float = 0.0) -> No
             group.create_task(keep_one_open(client, numbers))
 
 
-async def stream(client: AsyncClient, record: Record, tokens: int) -> None:
+async def stream(client: AsyncClient, record: Record, tokens: int, seconds: float) -> None:
     """One request, from a line that says it has begun to one that says how it ended."""
     CURRENT.set(record)
+    running = client.generate(PROMPT, max_tokens=tokens, ignore_eos=True, temperature=0, timeout=LONGEST)
     try:
-        async for chunk in client.generate(PROMPT, max_tokens=tokens, ignore_eos=True, temperature=0, timeout=600):
+        async for chunk in running:
+            record.tokens += len(chunk.token_ids)
             if record.first_token is None:
                 record.first_token = time.time()
                 say(event="begun", number=record.number, at=record.first_token)
-            record.tokens += len(chunk.token_ids)
+            if time.time() - record.first_token > seconds:
+                running.cancel()
+                break
     except TpmodelError as error:
         record.error = str(error)
     record.ended = time.time()

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import threading
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ READY_SECONDS = 120.0
 """For a pod whose image is on the node; kubelet may be starting others."""
 END_SECONDS = 300.0
 """For running streams to end: longer than any test's streams last."""
-SERVED = re.compile(r'^tpmodel_requests_total\{.*code="OK".*\} (\d+)', re.MULTILINE)
+ANSWERED = re.compile(r'^tpmodel_requests_total\{.*code="OK".*\} (\d+)', re.MULTILINE)
+RUNNING = re.compile(r"^tpmodel_requests_running(?:\{.*\})? (\d+)", re.MULTILINE)
 READ_URL = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())"
 
 
@@ -57,10 +57,10 @@ class Client:
         answers = {answer["number"]: answer["token_ids"] for answer in map(json.loads, lines)}
         return [answers[number] for number in range(len(prompts))]
 
-    def load(self, target: str, *, streams: int, tokens: int, pause: float = 0.0) -> Load:
-        """Keeps so many streams open; to be used in a `with` block."""
-        arguments = json.dumps({"target": target, "streams": streams, "tokens": tokens, "pause": pause})
-        return Load(self.kubectl.command(*self._command("load", arguments)))
+    def load(self, target: str, *, streams: int, tokens: int, seconds: float = END_SECONDS, pause: float = 0.0) -> Load:
+        """Keeps so many streams open, see client_program.load; to be used in a `with` block."""
+        arguments = {"target": target, "streams": streams, "tokens": tokens, "seconds": seconds, "pause": pause}
+        return Load(self.kubectl.command(*self._command("load", json.dumps(arguments))))
 
     def run(self, *arguments: str, given: str = "") -> str:
         """Runs the client program to its end."""
@@ -70,11 +70,17 @@ class Client:
         """What a URL in the cluster answers."""
         return self.kubectl.execute(self.name, "python3", "-c", READ_URL, url)
 
-    def served(self, leader: Object) -> int:
+    def answered(self, leader: Object) -> int:
         """Requests that a leader pod has answered well since it started, by its own metrics."""
-        host = urllib.parse.quote(leader["status"]["podIP"])
-        found = SERVED.findall(self.read(f"http://{host}:{names.METRICS_PORT}/metrics"))
-        return sum(map(int, found))
+        return self._count(leader, ANSWERED)
+
+    def running(self, leader: Object) -> int:
+        """Requests that run on a leader pod's gang now, by its own metrics."""
+        return self._count(leader, RUNNING)
+
+    def _count(self, pod: Object, metric: re.Pattern[str]) -> int:
+        metrics = self.read(f"http://{pod['status']['podIP']}:{names.METRICS_PORT}/metrics")
+        return sum(map(int, metric.findall(metrics)))
 
     def _command(self, *arguments: str) -> list[str]:
         return ["exec", "--stdin", self.name, "--", "python3", f"{FOLDER}/{PROGRAM.name}", *arguments]
