@@ -87,9 +87,7 @@ def _fill(folder: Path, wanted: list[str]) -> None:
 
 
 def _import(address: Path, image: str) -> tuple[str, ...]:
-    scratch = cache.folder() / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
         exported = buildah.export(image, Path(folder) / "image")
         command = ["ctr", CONNECT, f"--address={address}", "--namespace=k8s.io", "images", "import", "-"]
         with subprocess.Popen(
@@ -107,11 +105,17 @@ def _import(address: Path, image: str) -> tuple[str, ...]:
     return exported.layers
 
 
+def _scratch() -> Path:
+    scratch = cache.folder() / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
 @contextlib.contextmanager
 def _containerd(root: Path) -> Iterator[Path]:
     """A containerd on this folder for as long as the block runs."""
     root.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(prefix="tpmodel-seed-") as folder:
+    with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
         socket = Path(folder) / "containerd.sock"
         configuration = Path(folder) / "containerd.toml"
         configuration.write_text(
