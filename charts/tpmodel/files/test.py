@@ -5,17 +5,18 @@ import os
 import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 
-ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-
-
-def read(name):
-    with open(f"{ACCOUNT}/{name}") as file:
-        return file.read().strip()
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
-def create(tensor_parallel_size):
-    """The status of a dry run: nothing is made."""
+def read(name: str) -> str:
+    """One file of this pod's service account."""
+    return (ACCOUNT / name).read_text().strip()
+
+
+def create(tensor_parallel_size: int) -> tuple[int, str]:
+    """The HTTP status of a dry run, and what is wrong: nothing is made."""
     model = {
         "apiVersion": "tpmodel.dev/v1alpha1",
         "kind": "TPModel",
@@ -49,5 +50,6 @@ assert status == 201, (status, problem)
 print("ok: a TPModel is taken")
 
 status, problem = create(3)
-assert status == 422 and "not divisible by ranksPerPod" in problem, (status, problem)
+assert status == 422, (status, problem)
+assert "not divisible by ranksPerPod" in problem, problem
 print("ok: a wrong TPModel is refused")
