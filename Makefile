@@ -1,6 +1,6 @@
 # make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
 # make test  sets everything up and passes lint, unit and integration tests
-.PHONY: run test lint unit integration test-gpu soak bench default-model lock manifests clean cluster-up cluster-down
+.PHONY: run test lint unit integration test-gpu soak bench scale default-model lock manifests clean cluster-up cluster-down
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
@@ -38,6 +38,10 @@ soak: .venv/.ready
 
 bench: .venv/.ready
 	$(PYTHON) -m benchmarks
+
+# 1,000 TPModels on simulated nodes; tests/e2e runs a slice of it.
+scale: .venv/.ready
+	$(PYTHON) -m benchmarks.scale
 
 default-model: .venv/.ready
 	$(PYTHON) examples/train_default_model.py --output examples/default_model

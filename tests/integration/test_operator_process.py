@@ -51,10 +51,16 @@ def is_ready(api: KubeApi, name: str) -> bool:
 
 
 def served(api: KubeApi, name: str, **spec: Any) -> Json:
-    """The only gang's status of a model that has just become Ready."""
+    """The first gang's status of a model that has just come up."""
     create(api, name, **spec)
-    wait_for(lambda: is_ready(api, name), seconds=20, what=f"{name} to be Ready")
+    wait_for(lambda: is_serving(api, name), seconds=20, what=f"{name} to serve")
     return status(api, name)["gangs"][0]
+
+
+def is_serving(api: KubeApi, name: str) -> bool:
+    """Ready, and every pod of the first gang too (Ready is the leader pod's)."""
+    gang = next(iter(status(api, name).get("gangs", [])), {})
+    return is_ready(api, name) and gang["phase"] == "Serving" and all(pod["ready"] for pod in gang["pods"])
 
 
 def children(api: KubeApi, name: str) -> list[Json]:
@@ -98,7 +104,7 @@ def test_a_container_that_ends_restarts_the_gang_once_with_its_cause(
     worker = next(pod for pod in cluster.pods("ends") if pod["metadata"]["name"].endswith("-1"))
     cluster.end_container(worker, 75, "rank 1: NCCL timeout")
     wait_for(lambda: status(api, "ends")["gangs"][0]["attempt"] == 2, seconds=10, what="the next attempt")
-    wait_for(lambda: is_ready(api, "ends"), seconds=20, what="Ready again")
+    wait_for(lambda: is_serving(api, "ends"), seconds=20, what="Ready again")
     after = status(api, "ends")["gangs"][0]
     assert after["lastRestart"]["cause"] == "RestartRequested"
     assert after["lastRestart"]["exitCode"] == 75
@@ -115,7 +121,7 @@ def test_a_pod_that_is_deleted_restarts_the_gang_once(api: KubeApi, operator: Op
     name = cluster.pods("deleted")[0]["metadata"]["name"]
     api.call("DELETE", f"/api/v1/namespaces/default/pods/{name}")
     wait_for(lambda: len(cluster.uids("deleted") - before) == 2, seconds=10, what="two new pods")
-    wait_for(lambda: is_ready(api, "deleted"), seconds=20, what="Ready again")
+    wait_for(lambda: is_serving(api, "deleted"), seconds=20, what="Ready again")
     assert status(api, "deleted")["gangs"][0]["attempt"] == 2
 
 
@@ -177,7 +183,7 @@ def test_a_restart_of_the_api_server_is_outlived(api: KubeApi, operator: Operato
     before = cluster.uids("outage")
     cluster.end_container(cluster.pods("outage")[1], 75, "after the outage")
     wait_for(lambda: len(cluster.uids("outage") - before) == 2, seconds=30, what="the restart of the gang")
-    wait_for(lambda: is_ready(api, "outage"), seconds=20, what="Ready again")
+    wait_for(lambda: is_serving(api, "outage"), seconds=20, what="Ready again")
     assert status(api, "outage")["gangs"][0]["attempt"] == 2
     assert (operator.process.pid, operator.process.poll()) == (pid, None)
     assert operator.healthy()
