@@ -22,6 +22,8 @@ from tpmodel import AsyncClient, TpmodelError
 from tpmodel.channel import RetryPolicy
 
 PROMPT = [11, 42, 7, 99]
+CONNECT_SECONDS = 1.0
+"""For connections to all gangs."""
 LONGEST = 600.0
 """Seconds; a stream that hangs ends as an error."""
 
@@ -100,6 +102,9 @@ async def load(target: str, streams: int, tokens: int, seconds: float, pause: fl
 
     numbers = iter(range(sys.maxsize))
     async with AsyncClient(target, retry=CountedRetries()) as client, asyncio.TaskGroup() as group:
+        # The first gang that is connected to would get all first streams.
+        await client.model_info()
+        await asyncio.sleep(CONNECT_SECONDS)
         group.create_task(listen())
         for _ in range(streams):
             group.create_task(keep_one_open(client, numbers))

@@ -20,6 +20,8 @@ NAME = "tpmodel"
 NAMESPACE = "tpmodel-system"
 CRD = "tpmodels.tpmodel.dev"
 LEASE = "tpmodel-operator"
+OF_RELEASE = f"app.kubernetes.io/instance={NAME}"
+"""Label of all objects of the release."""
 OPERATOR_PODS = "app.kubernetes.io/name=tpmodel-operator"
 WAIT_SECONDS = 180
 """For helm --wait: two replicas of an image that the nodes have."""

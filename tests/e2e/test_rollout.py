@@ -1,0 +1,179 @@
+"""Gangs are replaced one by one, whole, and nobody's stream is cut: by a new template, by a drained node; a rollout
+that cannot succeed stops before it does harm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from support.scale import E2E_STREAM_SECONDS
+from tests.cluster.kubectl import Kubectl, Object
+from tests.cluster.local import LocalCluster
+from tests.e2e.conftest import CLIENT_NODE
+from tests.e2e.support import long_answers
+from tests.e2e.support.clients import Client
+from tests.e2e.support.models import (
+    READY_SECONDS,
+    DeployedModel,
+    deployed,
+    gang_of,
+    is_ready,
+    is_terminating,
+    node_of,
+    revision_of,
+)
+from tpmodel_operator import names
+
+MODEL = "rolled"
+STREAM_TOKENS = 30_000
+"""More than a stream's time is enough for."""
+DRAIN_SECONDS = 400.0
+"""For kubectl drain of a node with a pod of each gang: streams end, the gang restarts, then the next pod may go."""
+
+
+@pytest.fixture(scope="module")
+def rolled(cluster: LocalCluster, models: Kubectl) -> Iterator[DeployedModel]:
+    """Two gangs of two pods, none on the clients' node."""
+    long_answers.place(cluster)
+    away = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": [CLIENT_NODE]}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [away]}}}
+    with deployed(
+        models,
+        MODEL,
+        model={"uri": long_answers.URI},
+        replicas=2,
+        recovery={"backoffBase": 0, "backoffLimit": 0},
+        scheduling={"affinity": affinity},
+    ) as model:
+        yield model
+
+
+def test_a_template_change_replaces_gang_by_gang_and_fails_no_stream(rolled: DeployedModel, client: Client) -> None:
+    old = {gang["name"]: rolled.uids(gang["name"]) for gang in rolled.gangs()}
+    history = History(rolled)
+    with client.load(rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS) as load:
+        load.wait_begun(4)
+        assert all(client.running(leader) for leader in rolled.leaders())
+        changed = time.time()
+        rolled.patch({"env": [{"name": "OMP_NUM_THREADS", "value": "1"}, {"name": "GENERATION", "value": "2"}]})
+        history.record_until(history.settled)
+        load.stop()
+    assert load.failures() == []
+    assert len(load.running_at(changed)) == 4
+    history.check_no_gang_is_mixed()
+    history.check_some_gang_always_serves()
+    history.check_at_most_one_gang_is_missing()
+    for pod in rolled.pods():
+        assert variable(pod, "GENERATION") == "2"
+    assert not set(old) & {gang["name"] for gang in rolled.gangs()}
+    assert all(gang["attempt"] == 1 for gang in rolled.gangs()), "a rollout is no restart"
+
+
+def test_draining_a_workers_node_fails_no_stream(rolled: DeployedModel, client: Client) -> None:
+    # A worker pod, with as few others as there are on a node that the clients are not on.
+    workers = [pod for pod in rolled.pods() if pod["metadata"]["labels"][names.POD_INDEX] != "0"]
+    pods_of = {node_of(pod): sum(node_of(other) == node_of(pod) for other in rolled.pods()) for pod in workers}
+    node = min(pods_of, key=lambda name: pods_of[name])
+    touched = {gang_of(pod) for pod in rolled.pods() if node_of(pod) == node}
+    attempts = {gang["name"]: gang["attempt"] for gang in rolled.gangs()}
+    with client.load(rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS) as load:
+        load.wait_begun(4)
+        began = time.time()
+        try:
+            rolled.kubectl.run(
+                "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", seconds=DRAIN_SECONDS
+            )
+            assert [pod for pod in rolled.pods() if node_of(pod) == node] == []
+            rolled.wait_ready()
+        finally:
+            rolled.kubectl.run("uncordon", node)
+        load.stop()
+    assert load.failures() == []
+    assert len(load.running_at(began)) == 4
+    after = {gang["name"]: gang["attempt"] for gang in rolled.gangs()}
+    assert after == {name: attempt + (name in touched) for name, attempt in attempts.items()}
+
+
+def test_a_rollout_that_cannot_succeed_stops_and_setting_the_spec_back_heals_it(
+    rolled: DeployedModel, client: Client
+) -> None:
+    old = {gang["name"]: rolled.uids(gang["name"]) for gang in rolled.gangs()}
+    # More than the checkpoint has: only the worker can know, and ends with 64.
+    rolled.patch({"model": {"maxModelLen": 2 * long_answers.POSITIONS}})
+    stalled = rolled.until(lambda: _holding(rolled, "Stalled"), what="Stalled")
+    assert stalled["reason"] == "ConfigurationRefused"
+    progressing = rolled.condition("Progressing")
+    assert (progressing["status"], progressing["reason"]) == ("False", "RolloutStalled")
+    assert f"{2 * long_answers.POSITIONS} is more than the {long_answers.POSITIONS} positions" in stalled["message"]
+    serving = [gang for gang in rolled.gangs() if gang["ready"]]
+    assert [rolled.uids(gang["name"]) for gang in serving] == [old[gang["name"]] for gang in serving]
+    assert len(serving) == 1
+    assert client.complete(rolled.url, [[5, 6, 7]], max_tokens=4, ignore_eos=True)
+    rolled.patch({"model": {"maxModelLen": 0}})
+    rolled.wait_ready()
+    assert rolled.uids(serving[0]["name"]) == old[serving[0]["name"]], "the gang that served was touched"
+    assert {gang["name"] for gang in rolled.gangs()} == set(old)
+    assert rolled.condition("Stalled")["status"] == "False"
+
+
+def _holding(model: DeployedModel, kind: str) -> Object | None:
+    condition = model.condition(kind)
+    return condition if condition.get("status") == "True" else None
+
+
+def variable(pod: Object, name: str) -> str | None:
+    """Value of an environment variable of the worker's container."""
+    container = next(item for item in pod["spec"]["containers"] if item["name"] == names.CONTAINER)
+    return next((item.get("value") for item in container["env"] if item["name"] == name), None)
+
+
+class History:
+    """All of a model's pods, looked at again and again."""
+
+    def __init__(self, model: DeployedModel) -> None:
+        self._model = model
+        self._wanted = model.get()["spec"]["replicas"]
+        self.looks: list[list[Object]] = []
+
+    def record_until(self, condition: Callable[[], Any], *, seconds: float = 2 * READY_SECONDS) -> None:
+        """Looks until the condition holds: for a rollout, twice the time that a gang may take."""
+
+        def look() -> bool:
+            self.looks.append(self._model.pods())
+            return bool(condition())
+
+        self._model.until(look, what="the end of the rollout", seconds=seconds, interval=0.3)
+
+    def settled(self) -> bool:
+        """Whether the operator is done with the spec as it is."""
+        model = self._model.get()
+        observed = model["status"]["observedGeneration"] == model["metadata"]["generation"]
+        return observed and self._model.condition("Progressing")["status"] == "False"
+
+    def check_no_gang_is_mixed(self) -> None:
+        """Pods of one gang were of one template, at each moment."""
+        for pods in self.looks:
+            for gang in {gang_of(pod) for pod in pods}:
+                of_gang = [pod for pod in pods if gang_of(pod) == gang]
+                assert {revision_of(pod) for pod in of_gang} == {gang.rpartition("-")[2]}
+                assert len({variable(pod, "GENERATION") for pod in of_gang}) == 1
+
+    def check_some_gang_always_serves(self) -> None:
+        """There was a Ready leader pod at each moment."""
+        for pods in self.looks:
+            assert any(_serves(pod) for pod in pods), [pod["metadata"]["name"] for pod in pods]
+
+    def check_at_most_one_gang_is_missing(self) -> None:
+        """Without surge no gang came before another's pods were gone, and all others stayed."""
+        for pods in self.looks:
+            gangs = {gang_of(pod) for pod in pods}
+            whole = [gang for gang in gangs if not any(is_terminating(pod) for pod in pods if gang_of(pod) == gang)]
+            assert len(gangs) <= self._wanted, sorted(gangs)
+            assert len(whole) >= self._wanted - 1, sorted(gangs)
+
+
+def _serves(pod: Object) -> bool:
+    return pod["metadata"]["labels"][names.POD_INDEX] == "0" and is_ready(pod) and not is_terminating(pod)
