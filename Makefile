@@ -1,6 +1,6 @@
 # make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
-# make test  sets everything up and passes lint, unit and integration tests
-.PHONY: run test lint unit integration test-gpu soak bench scale default-model lock manifests clean cluster-up cluster-down
+# make test  sets everything up and passes lint, unit, integration and end-to-end tests
+.PHONY: run test lint unit integration e2e test-gpu soak bench scale default-model lock manifests clean cluster-up cluster-down
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard requirements/*.txt) $(w
 run: .venv/.ready
 	@$(PYTHON) examples/run.py
 
-test: lint unit integration
+test: lint unit integration e2e
 
 .venv/.ready: $(BUILD_INPUTS)
 	@bash scripts/setup
@@ -27,6 +27,12 @@ unit: .venv/.ready
 
 integration: .venv/.ready
 	$(PYTEST) tests/integration -m "not gpu"
+
+# As root, on a cluster of this machine (tests/cluster/README.md), which is brought up before and removed after.
+e2e: .venv/.ready
+	$(PYTHON) -m tests.cluster up
+	TPMODEL_KEEP_CLUSTER=1 $(PYTEST) tests/e2e --durations=0 --durations-min=1; \
+		result=$$?; $(PYTHON) -m tests.cluster down && exit $$result
 
 # On a machine with GPUs: everything marked gpu, nothing skipped.
 test-gpu: .venv/.ready
