@@ -3,12 +3,13 @@
 import asyncio
 from dataclasses import replace
 
+import grpc.aio
 import pytest
 
 from support.api_objects import START, pod, worker
-from tpmodel.v1 import worker_pb2
+from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_operator import records
-from tpmodel_operator.gang_reports import AT_ONCE, GangReports, is_news, report_of
+from tpmodel_operator.gang_reports import AT_ONCE, GangReports, ask_leader, is_news, report_of
 from tpmodel_operator.observed import GangReport, PodRecord
 from tpmodel_operator.queue import Key
 from tpmodel_operator.store import Entry, Store
@@ -120,3 +121,22 @@ def test_an_answer_as_decisions_see_it():
     engine = worker_pb2.EngineState(phase=worker_pb2.PHASE_SERVING, epoch=2**33, ready_ranks=4, load_percent=99.6)
     report = report_of("m-0-abcde", worker_pb2.GangStatusResponse(engine=engine), START)
     assert (report.phase, report.epoch, report.ready_ranks, report.load_percent) == ("Serving", 2**33, 4, 99)
+
+
+class Status(worker_pb2_grpc.StatusServiceServicer):
+    async def GangStatus(self, request, context):  # noqa: N802 - the name is the proto's
+        return worker_pb2.GangStatusResponse(engine=worker_pb2.EngineState(phase=worker_pb2.PHASE_LOADING, epoch=7))
+
+
+async def test_a_leader_is_asked_over_grpc(monkeypatch: pytest.MonkeyPatch):
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_StatusServiceServicer_to_server(Status(), server)
+    monkeypatch.setattr("tpmodel_operator.names.HEALTH_PORT", server.add_insecure_port("127.0.0.1:0"))
+    await server.start()
+    leader = records.pod(pod("m-0-abcde-0", podIP="127.0.0.1"))
+    assert leader is not None
+    answer = await ask_leader(leader)
+    assert answer is not None
+    assert (answer.gang, answer.phase, answer.epoch) == ("m-0-abcde", "Loading", 7)
+    await server.stop(0)
+    assert await ask_leader(leader) is None
