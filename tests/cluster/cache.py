@@ -28,12 +28,15 @@ def system_name() -> str:
 
 
 @contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
-    """One process at a time makes what `name` stands for; the others wait and then find it made."""
+def locked(name: str, *, shared: bool = False) -> Iterator[None]:
+    """One process at a time makes what `name` stands for; the others wait and then find it made.
+
+    Any number of processes have it at a time if all of them say `shared`.
+    """
     path = folder() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 

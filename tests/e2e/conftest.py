@@ -58,9 +58,10 @@ def _place(path: Path) -> int:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtestloop() -> Iterator[None]:
-    """One run at a time has the cluster: tests break its nodes."""
-    with cache.locked(f"e2e-{MODELS}"):
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    """Runs with tests that break what all share have the cluster alone; others may share it, each in a namespace."""
+    alone = any("cluster" in getattr(item, "fixturenames", ()) or item.path.stem in LAST for item in session.items)
+    with cache.locked("e2e", shared=not alone), cache.locked(f"e2e-{MODELS}"):
         return (yield)
 
 

@@ -23,7 +23,7 @@ DRAIN_SECONDS = 400.0
 
 @pytest.fixture(scope="module")
 def guarded(cluster: LocalCluster, models: Kubectl) -> Iterator[DeployedModel]:
-    """Three gangs of two pods, none on the clients' node."""
+    """Three gangs of two pods, none on the clients' node. `cluster`: nodes are drained."""
     away = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": [CLIENT_NODE]}]}
     affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [away]}}}
     with deployed(

@@ -30,11 +30,11 @@ def test_a_gang_of_two_pods_answers_through_its_service_with_the_tokens_of_tpmod
     assert len(first.pods()) == 2
     assert client.complete(first.url, prompts, **options) == expected
     # The other Service, for clients that do not balance.
-    assert client.complete(f"{MODEL}.models.svc:9000", prompts, **options) == expected
+    assert client.complete(f"{MODEL}.{first.kubectl.namespace}.svc:9000", prompts, **options) == expected
 
 
 def test_pods_run_in_a_namespace_that_enforces_restricted_and_have_no_token_of_the_api(first: DeployedModel) -> None:
-    labels = first.kubectl.get("namespace", "models")["metadata"]["labels"]
+    labels = first.kubectl.get("namespace", str(first.kubectl.namespace))["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
     for pod in first.pods():
         assert pod["spec"]["serviceAccountName"] == MODEL
@@ -55,7 +55,7 @@ def test_columns_tell_how_it_stands(first: DeployedModel) -> None:
         "READY": "1/1",
         "STATUS": "Ready",
         "RESTARTS": "0",
-        "URL": f"dns:///{MODEL}-leaders.models.svc:9000",
+        "URL": f"dns:///{MODEL}-leaders.{first.kubectl.namespace}.svc:9000",
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 from support.scale import E2E_STREAM_SECONDS
 from tests.cluster.kubectl import Kubectl, Object
 from tests.cluster.local import LocalCluster
+from tests.cluster.target import Target
 from tests.e2e.conftest import CLIENT_NODE
 from tests.e2e.support import long_answers
 from tests.e2e.support.clients import Client
@@ -35,9 +36,9 @@ DRAIN_SECONDS = 400.0
 
 
 @pytest.fixture(scope="module")
-def rolled(cluster: LocalCluster, models: Kubectl) -> Iterator[DeployedModel]:
-    """Two gangs of two pods, none on the clients' node."""
-    long_answers.place(cluster)
+def rolled(target: Target, cluster: LocalCluster, models: Kubectl) -> Iterator[DeployedModel]:
+    """Two gangs of two pods, none on the clients' node. `cluster`: nodes are drained."""
+    long_answers.place(target)
     away = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": [CLIENT_NODE]}]}
     affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [away]}}}
     with deployed(

@@ -10,7 +10,6 @@ import pytest
 
 from support.scale import E2E_REQUESTS, E2E_STREAM_SECONDS
 from tests.cluster.kubectl import Kubectl
-from tests.cluster.local import LocalCluster
 from tests.cluster.target import Target
 from tests.e2e.support import custom_metrics, long_answers, reference
 from tests.e2e.support.clients import Client
@@ -26,8 +25,8 @@ AUTOSCALER_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
-def scaled(cluster: LocalCluster, models: Kubectl) -> Iterator[DeployedModel]:
-    long_answers.place(cluster)
+def scaled(target: Target, models: Kubectl) -> Iterator[DeployedModel]:
+    long_answers.place(target)
     with deployed(models, MODEL, model={"uri": long_answers.URI}) as model:
         yield model
 
