@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
+
 from . import addresses, binaries, cgroups, debian, pause_image
 from .apiserver import ApiServer
 from .errors import ClusterError
@@ -23,6 +25,8 @@ DISK = "/run/node"
 SRV = "/srv"
 """Each node's own folder for hostPath volumes."""
 SOCKET = "/run/containerd/containerd.sock"
+CRI_VERSION = "/runtime.v1.RuntimeService/Version"
+"""What kubelet asks first."""
 START_SECONDS = 30.0
 CTR_SECONDS = 300.0
 
@@ -76,12 +80,13 @@ class Node:
         self.start_kubelet()
 
     def start_containerd(self) -> None:
-        """Returns when it answers and has the image of pod sandboxes."""
+        """Returns when it answers, kubelet too, and has the image of pod sandboxes."""
         self.containerd.start(self.namespaces.entering(["containerd", "--config", str(self._file("containerd.toml"))]))
         what = f"containerd of {self.name}"
         wait_until(self._containerd_answers, what=what, seconds=START_SECONDS, explain=self.containerd.last_lines)
         if pause_image.NAME not in self.ctr("images", "list", "--quiet").split():
             self.ctr("images", "import", str(pause_image.archive()))
+        wait_until(self._serves_kubelet, what=what, seconds=START_SECONDS, explain=self.containerd.last_lines)
 
     def start_kubelet(self) -> None:
         """It registers the node with the API server."""
@@ -152,6 +157,17 @@ class Node:
             self.ctr("version")
         except ClusterError:
             return False
+        return True
+
+    def _serves_kubelet(self) -> bool:
+        """Whether containerd has taken up the containers that it knows: before that kubelet would end."""
+        # Inside the node's own /run.
+        socket = f"/proc/{self.namespaces.first_process()}/root{SOCKET}"
+        with grpc.insecure_channel(f"unix:{socket}") as channel:
+            try:
+                channel.unary_unary(CRI_VERSION)(b"", timeout=5)
+            except grpc.RpcError:
+                return False
         return True
 
     def _file(self, name: str) -> Path:

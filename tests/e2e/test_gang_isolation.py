@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.cluster.kubectl import Kubectl, Object
-from tests.e2e.support import intruder, pod_processes
+from tests.cluster.local import LocalCluster
 from tests.e2e.support.clients import Client
+from tests.e2e.support.gang_calls import CONTROL, inner_ports, intrude, token_of
 from tests.e2e.support.models import DeployedModel
 from tests.e2e.support.policies import Source, allows
 from tests.e2e.support.release import NAMESPACE as OPERATOR_NAMESPACE
@@ -26,27 +24,20 @@ WATCHED_PORTS = {names.METRICS_PORT, names.HEALTH_PORT}
 PORTS = CLIENT_PORTS | WATCHED_PORTS | {names.CONTROL_PORT, SOME_PORT}
 
 
-def intrude(client: Client, pod: Object, ports: dict[str, int], token: str | None, attempt: int) -> dict[str, str]:
-    """What becomes of each call that only members may make, made from the client pod."""
-    given = {"address": pod["status"]["podIP"], "ports": ports, "token": token, "attempt": attempt}
-    command = ["exec", "--stdin", client.name, "--", "python3", "-", json.dumps(given)]
-    return json.loads(client.kubectl.run(*command, standard_input=Path(intruder.__file__).read_text()))
-
-
 @pytest.mark.parametrize("presented", WRONG_TOKENS)
 def test_the_control_port_refuses_whoever_lacks_the_gangs_token(
     sturdy: DeployedModel, client: Client, presented: str
 ) -> None:
     before = Before.of(sturdy)
-    answers = intrude(
-        client, before.leader, {"gang": names.CONTROL_PORT}, WRONG_TOKENS[presented], attempt=before.attempt + 1
-    )
+    answers = intrude(client, before.leader, CONTROL, WRONG_TOKENS[presented], attempt=before.attempt + 1)
     assert set(answers) == {"Register", "Drain", "Follow"}
     assert {answer.partition(":")[0] for answer in answers.values()} == {"UNAUTHENTICATED"}, answers
     before.check_untouched()
 
 
-def test_ranks_and_supervisors_refuse_a_wrong_token(sturdy: DeployedModel, client: Client, cluster: object) -> None:
+def test_ranks_and_supervisors_refuse_a_wrong_token(
+    sturdy: DeployedModel, client: Client, cluster: LocalCluster
+) -> None:
     before = Before.of(sturdy)
     ports = inner_ports(before.worker)
     answers = intrude(client, before.worker, ports, "not the gang's", attempt=before.attempt + 1)
@@ -58,27 +49,11 @@ def test_ranks_and_supervisors_refuse_a_wrong_token(sturdy: DeployedModel, clien
 def test_the_token_alone_admits_no_pod_of_another_attempt(sturdy: DeployedModel, client: Client) -> None:
     before = Before.of(sturdy)
     token = token_of(sturdy, before.gang["name"])
-    answers = intrude(client, before.leader, {"gang": names.CONTROL_PORT}, token, attempt=before.attempt - 1)
+    answers = intrude(client, before.leader, CONTROL, token, attempt=before.attempt - 1)
     assert answers["Register"].startswith("FAILED_PRECONDITION: this engine is of attempt"), answers
     assert answers["Drain"].startswith("FAILED_PRECONDITION"), answers
     assert answers["Follow"] == "OK"
     before.check_untouched()
-
-
-def inner_ports(pod: Object) -> dict[str, int]:
-    """The ports of a worker pod's supervisor and rank, which they choose at random."""
-    fixed = PORTS | {names.CONTROL_PORT}
-    supervisor = pod_processes.first_of(pod, names.CONTAINER)
-    (supervisor_port,) = pod_processes.listening_ports(supervisor) - fixed
-    others = [pid for pid in pod_processes.of_container(pod, names.CONTAINER) if pid != supervisor]
-    (rank_port,) = {port for pid in others for port in pod_processes.listening_ports(pid)} - {supervisor_port}
-    return {"supervisor": supervisor_port, "rank": rank_port}
-
-
-def token_of(model: DeployedModel, gang: str) -> str:
-    """Only whoever may read Secrets can know it."""
-    secret = model.kubectl.get("secret", names.token_secret(gang))
-    return base64.b64decode(secret["data"][names.TOKEN_KEY]).decode()
 
 
 # ------------------------------------------------------------------------------------------------- NetworkPolicies

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.cluster.kubectl import Object
+from tests.e2e.support.clients import Client
 from tests.e2e.support.models import READY_SECONDS, DeployedModel
 from tpmodel_operator import names
 
@@ -43,6 +44,7 @@ STURDY: Object = {
     },
 }
 """Of a model whose gang is broken in many ways, one after the other."""
+PROMPT = [5, 17, 256, 1024]
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,9 @@ def attempt_in_config_map(model: DeployedModel, gang: str) -> int:
     """What the gang's pods read when they start."""
     item = model.kubectl.get("configmap", names.attempt_config_map(gang))
     return int(item["data"][names.ATTEMPT_KEY])
+
+
+def ask(model: DeployedModel, client: Client) -> list[list[int]]:
+    """An answer, through the Service whose address stays: clusters remember the names of pods for up to 30 s."""
+    service = f"{model.name}.{model.kubectl.namespace}.svc:{names.INFERENCE_PORT}"
+    return client.complete(service, [PROMPT], max_tokens=8, temperature=0, ignore_eos=True)
