@@ -68,11 +68,8 @@ def until(condition: Callable[[], bool]) -> None:
 def downloading(pod: GangPod, at_least: int = 1) -> worker_pb2.GangStatusResponse:
     """Waits until so many bytes are there."""
 
-    def far_enough() -> worker_pb2.GangStatusResponse | None:
-        status = pod.gang_status()
-        return status if status.download.done_bytes >= at_least else None
-
-    return pod.eventually(far_enough, "the download runs")
+    pod.eventually(lambda: pod.gang_status().download.done_bytes >= at_least, "the download runs")
+    return pod.gang_status()
 
 
 def full_disk(cache: Path, *, size: int, filler: int = 0) -> list[str]:
@@ -167,7 +164,7 @@ def test_a_download_is_alive_not_ready_and_seen_and_sigterm_ends_it_at_once(gang
 
 def test_a_download_without_progress_ends_the_pod_with_75(tmp_path: Path, hub: HubServer) -> None:
     released = threading.Event()
-    hub.before_file = lambda _name: released.wait(60) and None
+    hub.before_file = lambda _name: released.wait(60)
     with one_pod_gang(tmp_path, hub, "--progress-deadline=2") as gang:
         pod = gang.start(0)
         assert pod.wait_exit() == 75

@@ -94,7 +94,7 @@ async def test_followers_see_every_phase(engine: Engine, gang: FakeGang) -> None
                     seen.append(state.phase)
 
         task = asyncio.create_task(follow())
-        await until(lambda: seen)
+        await until(lambda: bool(seen))
         await register(engine, gang.registration(attempt=ATTEMPT))
         await until(lambda: seen[-1] == worker_pb2.PHASE_SERVING)
         engine.drain(5.0)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -77,19 +78,20 @@ def test_a_worker_pod_keeps_waiting_while_only_an_old_leader_answers(gang: Gang)
 def test_ranks_and_supervisors_of_an_attempt_refuse_engines_of_lower_ones(gang: Gang) -> None:
     """An old engine that knows their addresses: whatever it asks for, it is not done."""
     leader = gang.start(0, attempt=3)
-    rank_port = int(leader.eventually(lambda: re.search(r"rank 0 listens on \S+:(\d+)", leader.output), "rank 0")[1])
+    rank_port = _rank_port(leader)
     pid = leader.pid_of("rank 0")
     supervisor_port = _supervisor_port(leader, exclude=rank_port)
 
     with grpc.insecure_channel(f"{leader.ip}:{supervisor_port}") as channel:
         stub = worker_pb2_grpc.SupervisorServiceStub(channel)
         old = (*token_metadata(TOKEN), ("tpmodel-attempt", "2"))
-        for call, request in (
+        calls: list[tuple[Any, Any]] = [
             (stub.Kill, worker_pb2.KillRequest(rank=0, pid=pid)),
             (stub.Respawn, worker_pb2.RespawnRequest(rank=0, epoch=(9 << 32) | 1)),
             (stub.ReleaseMemory, worker_pb2.ReleaseMemoryRequest()),
             (stub.GetSupervisorStatus, worker_pb2.GetSupervisorStatusRequest()),
-        ):
+        ]
+        for call, request in calls:
             with pytest.raises(grpc.RpcError, match="the engine is of attempt 2, this pod of attempt 3"):
                 call(request, timeout=10, metadata=old)
             with pytest.raises(grpc.RpcError, match="the call's metadata has no tpmodel-attempt"):
@@ -104,8 +106,7 @@ def test_ranks_and_supervisors_of_an_attempt_refuse_engines_of_lower_ones(gang: 
 
 def test_a_supervisor_that_is_called_from_a_higher_attempt_ends_as_stale(gang: Gang) -> None:
     worker = gang.start(1, attempt=1)
-    rank_port = int(worker.eventually(lambda: re.search(r"rank 1 listens on \S+:(\d+)", worker.output), "rank 1")[1])
-    port = _supervisor_port(worker, exclude=rank_port)
+    port = _supervisor_port(worker, exclude=_rank_port(worker))
     with grpc.insecure_channel(f"{worker.ip}:{port}") as channel:
         stub = worker_pb2_grpc.SupervisorServiceStub(channel)
         new = (*token_metadata(TOKEN), ("tpmodel-attempt", "2"))
@@ -113,6 +114,13 @@ def test_a_supervisor_that_is_called_from_a_higher_attempt_ends_as_stale(gang: G
             stub.GetSupervisorStatus(worker_pb2.GetSupervisorStatusRequest(), timeout=10, metadata=new)
     assert worker.wait_exit() == 75
     assert worker.termination_message == "stale attempt: the gang is at attempt 2, this pod is of attempt 1"
+
+
+def _rank_port(pod: GangPod) -> int:
+    """Of the pod's one rank, once it listens."""
+    listening = re.compile(r"rank \d listens on \S+:(\d+)")
+    pod.eventually(lambda: listening.search(pod.output), "its rank listens")
+    return int(listening.findall(pod.output)[0])
 
 
 def _supervisor_port(pod: GangPod, *, exclude: int) -> int:

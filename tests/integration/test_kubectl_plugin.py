@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,10 @@ import pytest
 
 from support import operator_cluster
 from support.crd_server import MODELS, NAMESPACE, KubeApi, serving
+from support.kubectl_plugin import Plugin
 from support.operator_cluster import Cluster
 from support.plugin_objects import model_json, pod_json
-from tests.cluster import apiserver, binaries
+from tests.cluster import apiserver
 
 # kubectl is built on a machine's first run.
 pytestmark = pytest.mark.timeout(1800)
@@ -31,12 +29,8 @@ def server() -> Iterator[KubeApi]:
 
 
 @pytest.fixture
-def plugin_path(tmp_path: Path) -> str:
-    """A PATH with kubectl and the plugin, and nothing else."""
-    plugin = tmp_path / "kubectl-tpmodel"
-    plugin.write_text(f"#!{sys.executable}\nfrom tpmodel.kubectl import main\n\nmain()\n")
-    plugin.chmod(0o755)
-    return os.pathsep.join([str(tmp_path), str(binaries.path(binaries.KUBECTL).parent)])
+def plugin(server: KubeApi, tmp_path: Path) -> Plugin:
+    return Plugin.install(tmp_path, server.api.kubeconfig)
 
 
 @pytest.fixture
@@ -74,16 +68,8 @@ def containers_of(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return pod["status"]["containerStatuses"]
 
 
-def tpmodel(server: KubeApi, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`kubectl tpmodel ARGUMENTS`."""
-    environment = {"PATH": path, "KUBECONFIG": str(server.api.kubeconfig), "HOME": "/nowhere"}
-    return subprocess.run(
-        ["kubectl", "tpmodel", *arguments], env=environment, capture_output=True, text=True, timeout=60
-    )
-
-
-def test_status_shows_gangs_restart_and_pods(server: KubeApi, plugin_path: str, restarting: Cluster) -> None:
-    result = tpmodel(server, plugin_path, "status", "chat")
+def test_status_shows_gangs_restart_and_pods(plugin: Plugin, restarting: Cluster) -> None:
+    result = plugin.run("status", "chat")
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == "TPModel default/chat: Restarting, 1/2 gangs ready, 1 restart"
@@ -95,8 +81,8 @@ def test_status_shows_gangs_restart_and_pods(server: KubeApi, plugin_path: str, 
         assert line.split()[1] == pod.node
 
 
-def test_status_as_json_holds_the_same(server: KubeApi, plugin_path: str, restarting: Cluster) -> None:
-    shown = json.loads(tpmodel(server, plugin_path, "status", "chat", "-n", "default", "-o", "json").stdout)
+def test_status_as_json_holds_the_same(plugin: Plugin, restarting: Cluster) -> None:
+    shown = json.loads(plugin.run("status", "chat", "-n", "default", "-o", "json").stdout)
     assert [gang["phase"] for gang in shown["gangs"]] == ["Serving", "Restarting"]
     assert shown["gangs"][1]["last_restart"]["exit_code"] == 75
     states = {pod["name"]: pod["state"] for gang in shown["gangs"] for pod in gang["pods"]}
@@ -104,44 +90,44 @@ def test_status_as_json_holds_the_same(server: KubeApi, plugin_path: str, restar
     assert states[restarting.pod(1, 1).name].startswith("ended with 75: rank 1 was killed")
 
 
-def test_list_shows_the_reason(server: KubeApi, plugin_path: str, restarting: Cluster) -> None:
-    result = tpmodel(server, plugin_path, "list", "-A")
+def test_list_shows_the_reason(plugin: Plugin, restarting: Cluster) -> None:
+    result = plugin.run("list", "-A")
     header, row = result.stdout.splitlines()
     assert header.split()[:3] == ["NAMESPACE", "NAME", "MODEL"]
     assert row.split()[:6] == ["default", "chat", "hf://organisation/model", "2", "1/2", "Restarting"]
     assert "GangRestarting: chat-1-" in row
 
 
-def test_a_model_that_is_not_there_names_those_that_are(server: KubeApi, plugin_path: str, restarting: Cluster) -> None:
-    result = tpmodel(server, plugin_path, "status", "chatt")
+def test_a_model_that_is_not_there_names_those_that_are(plugin: Plugin, restarting: Cluster) -> None:
+    result = plugin.run("status", "chatt")
     assert result.returncode == 1
     assert result.stderr.strip() == "Error: there is no TPModel chatt in namespace default; there are: chat"
 
 
-def test_a_user_without_rights_learns_which_are_missing(server: KubeApi, plugin_path: str) -> None:
+def test_a_user_without_rights_learns_which_are_missing(server: KubeApi, plugin: Plugin) -> None:
     nobody = server.api.user("nobody.kubeconfig", "nobody")
-    result = tpmodel(server, plugin_path, "list", f"--kubeconfig={nobody}")
+    result = plugin.run("list", f"--kubeconfig={nobody}")
     assert result.returncode == 1
     assert 'User "nobody" cannot list resource "tpmodels"' in result.stderr
     assert "ask for a role that allows it" in result.stderr
 
 
-def test_a_context_that_is_not_there_is_named(server: KubeApi, plugin_path: str) -> None:
-    result = tpmodel(server, plugin_path, "list", "--context=elsewhere")
+def test_a_context_that_is_not_there_is_named(server: KubeApi, plugin: Plugin) -> None:
+    result = plugin.run("list", "--context=elsewhere")
     assert result.returncode == 1
     assert "there is no context elsewhere: kubectl config get-contexts" in result.stderr
 
 
-def test_without_a_context_one_is_asked_for(server: KubeApi, plugin_path: str, tmp_path: Path) -> None:
+def test_without_a_context_one_is_asked_for(server: KubeApi, plugin: Plugin, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("apiVersion: v1\nkind: Config\n")
-    result = tpmodel(server, plugin_path, "list", f"--kubeconfig={empty}")
+    result = plugin.run("list", f"--kubeconfig={empty}")
     assert result.returncode == 1
     assert "kubectl config use-context NAME" in result.stderr
 
 
-def test_a_cluster_without_the_crd_asks_for_the_operator(server: KubeApi, plugin_path: str) -> None:
+def test_a_cluster_without_the_crd_asks_for_the_operator(server: KubeApi, plugin: Plugin) -> None:
     with apiserver.running() as bare:
-        result = tpmodel(server, plugin_path, "list", f"--kubeconfig={bare.kubeconfig}")
+        result = plugin.run("list", f"--kubeconfig={bare.kubeconfig}")
     assert result.returncode == 1
     assert result.stderr.startswith("Error: this cluster knows no TPModels: install the operator")

@@ -47,7 +47,7 @@ class HubServer:
         self.ignore_ranges = False
         self.refuse: int = 0
         """A status code for everybody."""
-        self.before_file: Callable[[str], None] = lambda _name: None
+        self.before_file: Callable[[str], object] = lambda _name: None
         self._lock = threading.Lock()
         hub = self
 

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tpmodel.v1 import inference_pb2, inference_pb2_grpc
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.api.engine_link import EngineLink
 from tpmodel_worker.api.errors import ApiError, invalid
 from tpmodel_worker.api.generation import Generation
@@ -19,6 +20,7 @@ from tpmodel_worker.api.health import INFERENCE_SERVICE, HealthServicer
 from tpmodel_worker.api.metrics import ApiMetrics
 from tpmodel_worker.api.model import ServedModel
 from tpmodel_worker.api.requests import chat_token_ids, check_token_ids, check_unknown_fields, read_request
+from tpmodel_worker.api.tls import ServerCertificate
 from tpmodel_worker.auth import TokenInterceptor
 
 logger = logging.getLogger(__name__)
@@ -130,8 +132,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
 
-def make_grpc_server(model: ServedModel, link: EngineLink, metrics: ApiMetrics) -> grpc.aio.Server:
+def make_grpc_server(
+    model: ServedModel, link: EngineLink, metrics: ApiMetrics, certificate: ServerCertificate | None = None
+) -> grpc.aio.Server:
     """The server, bound to settings.host:port and not yet started.
+
+    certificate: for TLS; None: plain text.
 
     Raises:
         RuntimeError: the address cannot be bound.
@@ -146,8 +152,11 @@ def make_grpc_server(model: ServedModel, link: EngineLink, metrics: ApiMetrics) 
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(link), server)
     health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     reflection.enable_server_reflection((INFERENCE_SERVICE, health_service, reflection.SERVICE_NAME), server)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    server.add_insecure_port(f"{host}:{settings.port}")
+    address = join_host_port(settings.host, settings.port)
+    if certificate is None:
+        server.add_insecure_port(address)
+    else:
+        server.add_secure_port(address, certificate.grpc_credentials())
     return server
 
 

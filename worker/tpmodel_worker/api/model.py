@@ -12,6 +12,7 @@ import grpc
 from tpmodel_worker.api.chat_template import ChatTemplate
 from tpmodel_worker.api.errors import ApiError
 from tpmodel_worker.api.sampling import SamplingLimits
+from tpmodel_worker.api.tls import ServerCertificate
 from tpmodel_worker.api.tokenizer import Tokenizer, read_tokenizer_config
 from tpmodel_worker.models.config import ModelConfig, read_model_config
 from tpmodel_worker.settings import ServeSettings
@@ -30,6 +31,8 @@ class ServedModel:
     tokenizer: Tokenizer | None
     """None: the checkpoint has none, so that prompts must be ids and chunks carry ids only."""
     template: ChatTemplate | None
+    certificate: ServerCertificate | None = None
+    """For TLS towards clients; None: plain text."""
 
     @classmethod
     def load(cls, settings: ServeSettings) -> ServedModel:
@@ -46,6 +49,7 @@ class ServedModel:
             limits=SamplingLimits.of(config, settings.max_model_len),
             tokenizer=tokenizer,
             template=template,
+            certificate=ServerCertificate(settings.tls_dir) if settings.tls_dir else None,
         )
 
     def require_tokenizer(self, purpose: str) -> Tokenizer:

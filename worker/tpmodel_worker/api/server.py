@@ -17,6 +17,7 @@ from tpmodel_worker.api.http_app import HttpApi
 from tpmodel_worker.api.metrics import ApiMetrics
 from tpmodel_worker.api.model import ServedModel
 from tpmodel_worker.api.report import report_listening
+from tpmodel_worker.api.tls import ServerCertificate
 from tpmodel_worker.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,10 @@ async def serve(model: ServedModel, name: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
 
-    link, metrics = EngineLink(settings.front_socket), ApiMetrics()
-    grpc_server = make_grpc_server(model, link, metrics)
+    link, metrics, certificate = EngineLink(settings.front_socket), ApiMetrics(), model.certificate
+    grpc_server = make_grpc_server(model, link, metrics, certificate)
     listener = _listen(settings.host, settings.http_port)
-    http_server = _make_http_server(HttpApi(model, link, metrics), settings)
+    http_server = _make_http_server(HttpApi(model, link, metrics), settings, certificate)
     await grpc_server.start()
     logger.info("gRPC on %s:%d, HTTP on %s:%d", settings.host, settings.port, settings.host, settings.http_port)
     async with asyncio.TaskGroup() as group:
@@ -62,6 +63,8 @@ async def serve(model: ServedModel, name: str) -> None:
             group.create_task(link.run()),
             group.create_task(report_listening(settings.report_socket, name)),
         ]
+        if certificate is not None:
+            helpers.append(group.create_task(certificate.renew()))
         await stopping.wait()
         logger.info("stopping; running streams have %.0f s", settings.drain_timeout)
         link.close_to_new_requests()
@@ -74,7 +77,7 @@ async def serve(model: ServedModel, name: str) -> None:
             helper.cancel()
 
 
-def _make_http_server(api: HttpApi, settings: ServeSettings) -> _HttpServer:
+def _make_http_server(api: HttpApi, settings: ServeSettings, certificate: ServerCertificate | None) -> _HttpServer:
     config = uvicorn.Config(
         api.app(),
         log_config=None,
@@ -84,6 +87,10 @@ def _make_http_server(api: HttpApi, settings: ServeSettings) -> _HttpServer:
         ws="none",
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
     )
+    if certificate is not None:
+        config.load()
+        # uvicorn would read the files once.
+        config.ssl = certificate.context
     return _HttpServer(config)
 
 
