@@ -217,8 +217,8 @@ class Auth(Model):
     api_key: SecretKey | None = None
     """Secret key that clients must send as bearer token. Left out: clients need none."""
     tls_secret_name: OptionalName = ""
-    """A Secret of type kubernetes.io/tls: clients' gRPC and the gang's own control connections then use TLS. Left
-    out: plaintext inside the cluster's network."""
+    """A Secret of type kubernetes.io/tls: the client ports, gRPC and HTTP, then speak TLS; a renewed certificate is
+    taken up while they serve. Left out: plain text inside the cluster's network."""
 
 
 class PodTemplate(Model):

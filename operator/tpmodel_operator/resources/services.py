@@ -65,7 +65,7 @@ def _client_ports(model: TPModel, *, grpc: int, http: int) -> list[Object]:
     encrypted = bool(model.spec.auth.tls_secret_name)
     return [
         _port("grpc", grpc, names.INFERENCE_PORT) | {"appProtocol": "https" if encrypted else "kubernetes.io/h2c"},
-        _port("http", http, names.HTTP_PORT) | {"appProtocol": "http"},
+        _port("http", http, names.HTTP_PORT) | {"appProtocol": "https" if encrypted else "http"},
     ]
 
 

@@ -52,10 +52,12 @@ def test_the_client_service_is_as_the_spec_wants_it():
     assert service["spec"]["selector"] == {names.MODEL_LABEL: "chat", "apps.kubernetes.io/pod-index": "0"}
 
 
-@pytest.mark.parametrize(("auth", "protocol"), [({}, "kubernetes.io/h2c"), ({"tlsSecretName": "cert"}, "https")])
-def test_gateways_learn_what_the_ports_speak(auth: dict[str, str], protocol: str):
+@pytest.mark.parametrize(
+    ("auth", "grpc", "http"), [({}, "kubernetes.io/h2c", "http"), ({"tlsSecretName": "cert"}, "https", "https")]
+)
+def test_gateways_learn_what_the_ports_speak(auth: dict[str, str], grpc: str, http: str):
     spec = services.client(model_with(auth=auth))["spec"]
-    assert {port["name"]: port["appProtocol"] for port in spec["ports"]} == {"grpc": protocol, "http": "http"}
+    assert {port["name"]: port["appProtocol"] for port in spec["ports"]} == {"grpc": grpc, "http": http}
 
 
 def test_the_budget_covers_all_pods_and_lets_those_go_that_serve_nobody():
