@@ -36,7 +36,7 @@ def main() -> None:
 def up(nodes: int, images: bool) -> None:
     """Brings the cluster up, or up to date, and prints how to reach it."""
     if images:
-        made = target.up(nodes=nodes)
+        made = target.up(nodes=nodes, replace=True)
         for name in (made.worker_image, made.operator_image):
             click.echo(f"# has image {name}")
         path = made.kubectl.kubeconfig
@@ -56,8 +56,8 @@ def down() -> None:
 @main.command()
 def images() -> None:
     """Builds the images of the code as it is now, loads them into the running cluster, and prints their names."""
-    for name in target.load_images(LocalCluster.running()):
-        click.echo(name)
+    made = target.up(nodes=LocalCluster.running().count)
+    click.echo(f"{made.worker_image}\n{made.operator_image}")
 
 
 @main.command()

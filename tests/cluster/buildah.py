@@ -13,6 +13,7 @@ from .processes import run
 
 BUILD_SECONDS = 1800.0
 PUSH_SECONDS = 600.0
+LARGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,11 @@ def exists(image: str) -> bool:
     return subprocess.run(command("inspect", "--type=image", image), capture_output=True).returncode == 0
 
 
-def layers(image: str) -> tuple[str, ...]:
-    """Digests of an image's layers, as in `Exported`."""
-    return tuple(json.loads(call("inspect", "--type=image", image))["OCIv1"]["rootfs"]["diff_ids"])
+def large_layers(image: str) -> frozenset[str]:
+    """Digests, as in `Exported`, of an image's layers above LARGE_BYTES."""
+    sizes = _layer_sizes()
+    layers = json.loads(call("inspect", "--type=image", image))["OCIv1"]["rootfs"]["diff_ids"]
+    return frozenset(layer for layer in layers if sizes[layer] > LARGE_BYTES)
 
 
 def names(repository: str) -> list[str]:
@@ -73,15 +76,12 @@ def build(
     name: str,
     arguments: Mapping[str, str],
     secrets: Mapping[str, Path],
-    target: str = "",
 ) -> None:
     """Builds a Dockerfile of the source tree; unchanged steps come from the cache of layers."""
     options = ["--isolation=chroot", "--network=host", "--layers", "--format=oci", f"--tag={name}"]
     options += [f"--file={source / dockerfile}", f"--ignorefile={source / '.dockerignore'}"]
     options += [f"--build-arg={key}={value}" for key, value in arguments.items()]
     options += [f"--secret=id={key},src={path}" for key, path in secrets.items()]
-    if target:
-        options.append(f"--target={target}")
     call("bud", *options, str(source), seconds=BUILD_SECONDS)
 
 

@@ -11,10 +11,10 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import archive, buildah, cache, images
+from . import archive, buildah, cache
 from .errors import ClusterError
 from .processes import Daemon, run
 from .waiting import wait_until
@@ -28,9 +28,9 @@ CONNECT = "--connect-timeout=120s"
 IMPORT_SECONDS = 900.0
 
 
-def copy_to(disk: Path) -> None:
-    """Makes a node's disk from the seed; the folder appears when it is complete."""
-    seed = make()
+def copy_to(disk: Path, names: Sequence[str]) -> None:
+    """Makes a node's disk from the seed of these images; the folder appears when it is complete."""
+    seed = make(names)
     unfinished = disk.with_name(f"{disk.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     disk.parent.mkdir(parents=True, exist_ok=True)
@@ -43,17 +43,16 @@ def copy_to(disk: Path) -> None:
     unfinished.rename(disk)
 
 
-def is_current(disk: Path) -> bool:
-    """Whether a node's disk has all large layers of the images as they are now."""
+def is_current(disk: Path, names: Sequence[str]) -> bool:
+    """Whether a node's disk has all large layers of these images."""
     record = disk / LAYERS
     have: list[str] = json.loads(record.read_text()) if record.exists() else []
-    return _layers([image.dependencies() for image in images.ALL]) <= set(have)
+    return _large_layers(names) <= set(have)
 
 
-def make() -> Path:
-    """The seed for the current dependencies, made now if it is not there (minutes)."""
-    wanted = [image.dependencies() for image in images.ALL]
-    seed = cache.folder() / "seeds" / cache.content_key(sorted(_layers(wanted)))
+def make(names: Sequence[str]) -> Path:
+    """The seed for images with these large layers, made now if it is not there (minutes)."""
+    seed = cache.folder() / "seeds" / cache.content_key(sorted(_large_layers(names)))
     with cache.locked("seed"):
         if not seed.exists():
             print("making the disk that nodes start from", flush=True)
@@ -62,18 +61,18 @@ def make() -> Path:
             seed.parent.mkdir(parents=True)
             unfinished = seed.with_name(f"{seed.name}.unfinished")
             try:
-                _fill(unfinished, wanted)
+                _fill(unfinished, names)
                 unfinished.rename(seed)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return seed
 
 
-def _layers(names: list[str]) -> set[str]:
-    return {layer for name in names for layer in buildah.layers(name)}
+def _large_layers(names: Sequence[str]) -> set[str]:
+    return {layer for name in names for layer in buildah.large_layers(name)}
 
 
-def _fill(folder: Path, wanted: list[str]) -> None:
+def _fill(folder: Path, wanted: Sequence[str]) -> None:
     have: list[str] = []
     with _containerd(folder / "containerd") as address:
         for image in wanted:

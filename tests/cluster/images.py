@@ -1,7 +1,7 @@
 """The project's two images: named by the content they are made of, built when there is none of that content.
 
-Their large layers (system, torch and other packages) are an image of their own, `NAME-dependencies`, so that a change
-of code builds and loads a few hundred kilobytes.
+Their large layers (system, torch and other packages) come from buildah's cache of layers while requirements and
+Dockerfile stay as they are: a change of code builds and loads a few megabytes.
 """
 
 from __future__ import annotations
@@ -53,32 +53,18 @@ class Image:
         """Relative to the repository's root."""
         return f"Dockerfile.{self.kind}"
 
-    def dependencies(self) -> str:
-        """The image of its large layers, built if the storage does not have it."""
-        parts = [ROOT / self.dockerfile, *(ROOT / "requirements").glob("*.txt")]
-        made = self._name("-dependencies", cache.files_key(ROOT, parts, base_image.name(), _torch_backend()))
-        with cache.locked("images"):
-            if not buildah.exists(made):
-                print(f"building {made}: minutes, only when requirements or Dockerfile change", flush=True)
-                self._build(ROOT, made, target="dependencies")
-                self._forget("-dependencies", keep=[made])
-        return made
-
     def build(self, source: Path = ROOT) -> str:
         """The image of a source tree, built if the storage does not have it; returns its name."""
-        self.dependencies()
-        made = self._name("", cache.files_key(source, list(_sources(source)), base_image.name(), _torch_backend()))
+        key = cache.files_key(source, list(_sources(source)), base_image.name(), _torch_backend())
+        made = f"{PREFIX}/{self.kind}:{key}"
         with cache.locked("images"):
             if not buildah.exists(made):
-                print(f"building {made}", flush=True)
+                print(f"building {made}; minutes if requirements or the Dockerfile have changed", flush=True)
                 self._build(source, made)
-                self._forget("", keep=[made])
+                self._forget_older(made)
         return made
 
-    def _name(self, suffix: str, key: str) -> str:
-        return f"{PREFIX}/{self.kind}{suffix}:{key}"
-
-    def _build(self, source: Path, name: str, *, target: str = "") -> None:
+    def _build(self, source: Path, name: str) -> None:
         arguments = {"BASE_IMAGE": base_image.name()}
         if self.kind == "worker":
             arguments["TORCH_BACKEND"] = _torch_backend()
@@ -90,14 +76,14 @@ class Image:
             secrets = {"build_environment": environment}
             if CERTIFICATES.exists():
                 secrets["certificates"] = CERTIFICATES
-            buildah.build(staged, self.dockerfile, name=name, arguments=arguments, secrets=secrets, target=target)
+            buildah.build(staged, self.dockerfile, name=name, arguments=arguments, secrets=secrets)
 
-    def _forget(self, suffix: str, *, keep: list[str]) -> None:
-        """Removes older images of this name, but the newest few."""
-        repository = f"{PREFIX}/{self.kind}{suffix}"
-        count = 0 if suffix else KEPT
-        for old in [name for name in buildah.names(repository) if name not in keep][count:]:
-            buildah.call("rmi", old)
+    def _forget_older(self, made: str) -> None:
+        """Removes earlier images: those with other large layers, and of the others all but the newest few."""
+        earlier = [name for name in buildah.names(f"{PREFIX}/{self.kind}") if name != made]
+        alike = [name for name in earlier if buildah.large_layers(name) == buildah.large_layers(made)]
+        for name in {*earlier} - {*alike[:KEPT]}:
+            buildah.call("rmi", name)
 
 
 WORKER = Image("worker")

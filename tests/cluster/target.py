@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoints, image_load, image_seed, images, kind
+from . import cache, checkpoints, image_load, image_seed, images, kind
 from .errors import ClusterError
 from .kubectl import Kubectl
 from .local import NODES, LocalCluster
@@ -19,6 +19,8 @@ from .node import Node
 CHOICE = "TPMODEL_TEST_CLUSTER"
 """local (the default), existing or kind."""
 KEEP = "TPMODEL_KEEP_CLUSTER"
+IN_USE = "e2e"
+"""Runs of tests/e2e hold this lock."""
 WORKER_IMAGE, OPERATOR_IMAGE = "TPMODEL_TEST_WORKER_IMAGE", "TPMODEL_TEST_OPERATOR_IMAGE"
 
 
@@ -41,24 +43,36 @@ def choice() -> str:
     return chosen
 
 
-def up(*, nodes: int = NODES) -> Target:
-    """Brings the chosen cluster up with the images of the code as it is now."""
+def up(*, nodes: int = NODES, replace: bool = False) -> Target:
+    """Brings the chosen cluster up with the images of the code as it is now.
+
+    Nodes that began with older large layers cannot take these images; `replace` says that new ones may take their
+    place, once no test uses them.
+    """
     chosen = choice()
     if chosen == "existing":
         return _existing()
     if chosen == "kind":
         return _kind(nodes)
-    return _local(nodes)
+    return _local(nodes, replace=replace)
 
 
-def _local(nodes: int) -> Target:
-    cluster = LocalCluster(count=nodes, prepare_disk=_prepare_disk)
-    if any(node.disk.exists() and not image_seed.is_current(node.disk) for node in cluster.nodes):
-        print("the cluster that is up has older dependencies: a new one takes its place", flush=True)
-        cluster.down()
-    cluster.up()
-    worker, operator = load_images(cluster)
-    return Target(kubectl=cluster.kubectl, worker_image=worker, operator_image=operator, local=cluster)
+def _local(nodes: int, *, replace: bool) -> Target:
+    names = [image.build() for image in (images.WORKER, images.OPERATOR)]
+    cluster = LocalCluster(count=nodes, prepare_disk=lambda node: _prepare_disk(node, names))
+    if any(node.disk.exists() and not image_seed.is_current(node.disk, names) for node in cluster.nodes):
+        if not replace:
+            raise ClusterError("the cluster's nodes have older dependencies than the images: run make cluster-up")
+        print("new nodes take the place of those with older dependencies, when no test uses them", flush=True)
+        image_seed.make(names)
+        with cache.locked(IN_USE):
+            cluster.down()
+            cluster.up()
+    else:
+        cluster.up()
+    for name in names:
+        image_load.load(cluster.nodes, name)
+    return Target(kubectl=cluster.kubectl, worker_image=names[0], operator_image=names[1], local=cluster)
 
 
 @contextlib.contextmanager
@@ -77,16 +91,8 @@ def _down() -> None:
         kind.down()
 
 
-def load_images(cluster: LocalCluster) -> tuple[str, str]:
-    """Builds what has changed and loads it into every node; returns the worker's and the operator's names."""
-    names = [image.build() for image in (images.WORKER, images.OPERATOR)]
-    for name in names:
-        image_load.load(cluster.nodes, name)
-    return names[0], names[1]
-
-
-def _prepare_disk(node: Node) -> None:
-    image_seed.copy_to(node.disk)
+def _prepare_disk(node: Node, names: list[str]) -> None:
+    image_seed.copy_to(node.disk, names)
     checkpoints.place(node)
 
 
