@@ -39,6 +39,20 @@ class Backoffs:
             pause = min(pause * 2, LONGEST_BACKOFF_SECONDS)
 
 
+class NothingRemembered(kopf.DiffBaseStorage):
+    """In place of kopf's memory of what it handled last, for which it copies every object that it sees."""
+
+    def build(self, **_: Any) -> Any:
+        """Nothing is compared."""
+        return {}
+
+    def fetch(self, **_: Any) -> None:
+        """Nothing was stored."""
+
+    def store(self, **_: Any) -> None:
+        """Nothing is stored on TPModels."""
+
+
 @dataclass(slots=True)
 class ModelWatch:
     """kopf's operator, cut down to a watch of TPModels."""
@@ -99,6 +113,7 @@ class ModelWatch:
             token=token or None,
             certificate_path=known.cert_file,
             private_key_path=known.key_file,
+            proxy_url=known.proxy,
             # Also tells these credentials from equal ones that were refused once: kopf would never try those again.
             expiration=datetime.now(UTC) + timedelta(seconds=LOGIN_SECONDS),
         )
@@ -117,4 +132,5 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.posting.loggers = False
     settings.scanning.disabled = True
+    settings.persistence.diffbase_storage = NothingRemembered()
     return settings

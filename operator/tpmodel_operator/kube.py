@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
@@ -275,7 +276,16 @@ async def load_configuration() -> Configuration:
         load_incluster_config(configuration)
     else:
         await load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration, persist_config=False)
+    configuration.proxy = configuration.proxy or _proxy_of(configuration.host)
+    # Else aiohttp looks for a password in ~/.netrc, in another thread, before each request.
+    configuration.client_session_kwargs = {"trust_env": False}
     return configuration
+
+
+def _proxy_of(server: str) -> str | None:
+    """By the usual environment variables."""
+    parts = urlsplit(server)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
