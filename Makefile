@@ -1,5 +1,6 @@
 # make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
-# make test  sets everything up and passes lint, unit, integration and end-to-end tests
+# make test  sets everything up and passes lint, unit and integration tests
+# make e2e   passes the end-to-end tests, as root, on a cluster of this machine
 .PHONY: run test lint unit integration e2e test-gpu soak bench scale default-model lock manifests clean cluster-up cluster-down
 
 PYTHON := .venv/bin/python
@@ -10,7 +11,7 @@ BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard requirements/*.txt) $(w
 run: .venv/.ready
 	@$(PYTHON) examples/run.py
 
-test: lint unit integration e2e
+test: lint unit integration
 
 .venv/.ready: $(BUILD_INPUTS)
 	@bash scripts/setup
