@@ -39,7 +39,7 @@ def upgraded(installed: Release, cluster: LocalCluster, tmp_path: Path) -> Itera
 
 def next_version(folder: Path) -> str:
     """An image of this operator whose builder adds a variable to each container."""
-    for name in (*images.SOURCES, "requirements", images.OPERATOR.dockerfile):
+    for name in images.SOURCES:
         source, target = images.ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
