@@ -6,6 +6,7 @@ import asyncio
 import logging
 import ssl
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -34,7 +35,9 @@ class ServerCertificate:
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """For a gRPC server: asked for the present certificate at every handshake."""
-        return grpc.dynamic_ssl_server_credentials(_configuration(*self._current), self._fetch, False)
+        # None, for "as before", is allowed by the documentation but not by the types.
+        fetch: Any = self._fetch
+        return grpc.dynamic_ssl_server_credentials(_configuration(*self._current), fetch, False)
 
     async def renew(self) -> None:
         """Keeps the context of other servers up to date, until cancelled."""
