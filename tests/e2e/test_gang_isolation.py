@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.network_policies import Source, allows
 from tests.cluster.kubectl import Kubectl, Object
 from tests.cluster.local import LocalCluster
 from tests.e2e.support.clients import Client
 from tests.e2e.support.gang_calls import CONTROL, inner_ports, intrude, token_of
 from tests.e2e.support.models import DeployedModel
-from tests.e2e.support.policies import Source, allows
 from tests.e2e.support.release import NAMESPACE as OPERATOR_NAMESPACE
 from tests.e2e.support.restarts import Before
 from tpmodel_operator import names

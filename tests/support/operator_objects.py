@@ -1,4 +1,4 @@
-"""A TPModel and a gang for builders' tests, and a reader of NetworkPolicies."""
+"""A TPModel and a gang for builders' tests, and who may connect to whom."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from support import network_policies
 from support.operator_cluster import IMAGE, spec_with
 from tpmodel_operator import names
 from tpmodel_operator.actions import EnsureGang
@@ -38,33 +39,8 @@ def gang_pod(gang: EnsureGang, namespace: str = "space") -> Source:
 
 
 def may_connect(policies: Iterable[dict[str, Any]], source: Source, target: Source, port: int) -> bool:
-    """Whether NetworkPolicies of the target's namespace let the source in, as Kubernetes defines them."""
-    selecting = [policy["spec"] for policy in policies if _selects(policy["spec"]["podSelector"], target.labels)]
-    if not selecting:
-        return True
-    rules = [rule for policy in selecting for rule in policy["ingress"]]
-    return any(
-        (not rule.get("ports") or any(given["port"] == port for given in rule["ports"]))
-        and ("from" not in rule or any(_is_peer(peer, source, target.namespace) for peer in rule["from"]))
-        for rule in rules
-    )
-
-
-def _is_peer(peer: dict[str, Any], source: Source, namespace: str) -> bool:
-    if "ipBlock" in peer:
-        return False
-    if "namespaceSelector" in peer:
-        if not _selects(peer["namespaceSelector"], {"kubernetes.io/metadata.name": source.namespace}):
-            return False
-    elif source.namespace != namespace:
-        return False
-    return _selects(peer.get("podSelector", {}), source.labels)
-
-
-def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    wanted = selector.get("matchLabels", {})
-    expressions = selector.get("matchExpressions", [])
-    assert all(expression["operator"] == "In" for expression in expressions)
-    return all(labels.get(key) == value for key, value in wanted.items()) and all(
-        labels.get(expression["key"]) in expression["values"] for expression in expressions
-    )
+    """Whether NetworkPolicies of the target's namespace let the source in."""
+    pod = {"metadata": {"namespace": target.namespace, "labels": target.labels}}
+    namespace = {"kubernetes.io/metadata.name": source.namespace}
+    connecting = network_policies.Source(pod=source.labels, namespace=source.namespace, namespace_labels=namespace)
+    return network_policies.allows(policies, pod, connecting, port)

@@ -1,6 +1,7 @@
 """What NetworkPolicies allow, computed: a small evaluator of ingress rules, as their API defines them.
 
-The test cluster's network enforces none. Only what the project's policies use is understood; the rest is refused.
+Not every cluster's network enforces them; the test cluster's does not. Only what the project's policies use is
+understood; the rest is refused.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from tests.cluster.kubectl import Object
-
+Object = dict[str, Any]
 Labels = Mapping[str, str]
 
 
