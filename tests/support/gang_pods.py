@@ -80,13 +80,15 @@ class GangPod:
         command = [sys.executable, "-c", _PROGRAM, *gang.arguments, *options]
         command += [f"--runtime-dir={self._runtime.name}", f"--attempt-file={self.folder / 'attempt'}"]
         environment = os.environ | gang.environment | {
-            "PYTHONPATH": str(TESTS),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
             _NAMES: str(gang.names_file),
             "TPMODEL_POD_NAME": self.name,
             "TPMODEL_POD_UID": self.uid,
             "TPMODEL_POD_IP": self.ip,
             "TPMODEL_POD_INDEX": str(index),
+            # A pod sees its own device only, where there are devices.
+            "CUDA_VISIBLE_DEVICES": str(index),
             "TPMODEL_TERMINATION_LOG": str(self.folder / "termination-log"),
         }  # fmt: skip
         with (self.folder / "output").open("wb") as output:
@@ -185,6 +187,7 @@ class Gang:
         folder: Path,
         *,
         ranks: int = 2,
+        device: str = "cpu",
         model: Sequence[str] | None = None,
         options: Sequence[str] = (),
         environment: dict[str, str] | None = None,
@@ -201,7 +204,7 @@ class Gang:
             f"--tensor-parallel-size={ranks}",
             "--ranks-per-pod=1",
             f"--leader-host={LEADER}",
-            "--device=cpu",
+            f"--device={device}",
             "--dtype=float32",
             "--engine-option=kv_cache_memory=8M",
             f"--token-file={folder / 'token'}",
