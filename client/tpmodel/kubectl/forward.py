@@ -60,10 +60,11 @@ class PortForward:
             if self._process.poll() is not None and len(self._local) < len(self._remote_ports):
                 raise problems.explain(self._all_errors())
 
-    def wait(self) -> str:
-        """Waits until kubectl ends by itself; its last words."""
-        self._process.wait()
-        return problems.last_words(self._all_errors())
+    def wait(self, seconds: float) -> str:
+        """Waits at most so long for kubectl to end by itself; its last words, empty while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self.ended
 
     @property
     def ended(self) -> str:

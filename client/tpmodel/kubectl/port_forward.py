@@ -14,9 +14,11 @@ from tpmodel.kubectl.interrupts import until_interrupted
 from tpmodel.kubectl.kubectl import Kubectl, with_kubectl
 from tpmodel.kubectl.lookup import Leader, find_leader
 from tpmodel.kubectl.names import HTTP_PORT, INFERENCE_PORT
+from tpmodel.kubectl.pods import PodView
 from tpmodel.kubectl.problems import KubectlError
 
 RETRY_SECONDS = 2.0
+LOOK_SECONDS = 2.0
 _PORT = click.IntRange(0, 65535)
 
 
@@ -64,7 +66,18 @@ def _forward(kubectl: Kubectl, leader: Leader, ports: dict[int, int]) -> tuple[d
             f"127.0.0.1:{found[INFERENCE_PORT]} (gRPC) and http://127.0.0.1:{found[HTTP_PORT]} lead to "
             f"{leader.described}"
         )
-        return found, forward.wait()
+        # kubectl itself notices that a pod is gone only when somebody connects.
+        while not (words := forward.wait(LOOK_SECONDS)) and is_there(kubectl, leader.pod):
+            pass
+        return found, words or "its pod has been deleted"
+
+
+def is_there(kubectl: Kubectl, pod: PodView) -> bool:
+    """Whether the pod exists, as far as one can tell. One that is ending still serves its streams."""
+    try:
+        return kubectl.get("pods", pod.name)["metadata"]["uid"] == pod.uid
+    except KubectlError as error:
+        return not error.not_found
 
 
 def next_leader(find: Callable[[], Leader], sleep: Callable[[float], None]) -> Leader:

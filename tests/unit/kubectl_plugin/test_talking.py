@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from tpmodel.kubectl.connection import Connection
 from tpmodel.kubectl.forward import forwarding
 from tpmodel.kubectl.kubectl import Kubectl
 from tpmodel.kubectl.lookup import Leader, choose_leader
-from tpmodel.kubectl.port_forward import keep_forwarding, next_leader
+from tpmodel.kubectl.port_forward import is_there, keep_forwarding, next_leader
 from tpmodel.kubectl.problems import KubectlError
 from tpmodel.v1 import inference_pb2 as pb
 
@@ -188,6 +189,30 @@ def test_port_forward_goes_on_with_the_next_leader_at_the_same_ports(
         f"{first.described} is gone (lost connection to pod): looking for a gang that takes requests\n"
     )
     assert [call[-2:] for call in kubectl.calls] == [[":9000", ":8000"], ["19000:9000", "18000:8000"]]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_port_forward_leaves_a_pod_that_is_gone(
+    kubectl: StandInKubectl, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """kubectl goes on listening."""
+    monkeypatch.setattr(sys.modules["tpmodel.kubectl.port_forward"], "LOOK_SECONDS", 0.1)
+    cluster = operator_cluster.serving()
+    lines = "Forwarding from 127.0.0.1:19000 -> 9000\nForwarding from 127.0.0.1:18000 -> 8000\n"
+    kubectl.answer("port-forward", output=lines, stays=True)
+    if replaced:
+        kubectl.answer("get", "pods", output={"metadata": {"uid": "another"}})
+    else:
+        kubectl.answer("get", "pods", errors='Error from server (NotFound): pods "p" not found\n', code=1)
+    leaders = [leader(cluster)]
+    with pytest.raises(IndexError):
+        keep_forwarding(Kubectl(Connection()), lambda: leaders.pop(0), {9000: 0, 8000: 0}, lambda _: None)
+    assert "is gone (its pod has been deleted): looking for a gang" in capsys.readouterr().err
+
+
+def test_port_forward_stays_while_nobody_can_tell(kubectl: StandInKubectl) -> None:
+    kubectl.answer("get", "pods", errors="Unable to connect to the server: dial tcp: i/o timeout\n", code=1)
+    assert is_there(Kubectl(Connection()), leader(operator_cluster.serving()).pod)
 
 
 def test_port_forward_takes_the_ports_that_it_is_given(kubectl: StandInKubectl) -> None:
