@@ -4,8 +4,7 @@ that cannot succeed stops before it does harm."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +15,7 @@ from tests.cluster.target import Target
 from tests.e2e.conftest import CLIENT_NODE
 from tests.e2e.support import long_answers
 from tests.e2e.support.clients import Client
+from tests.e2e.support.history import PodHistory
 from tests.e2e.support.models import (
     READY_SECONDS,
     DeployedModel,
@@ -53,23 +53,27 @@ def rolled(target: Target, cluster: LocalCluster, models: Kubectl) -> Iterator[D
 
 
 def test_a_template_change_replaces_gang_by_gang_and_fails_no_stream(rolled: DeployedModel, client: Client) -> None:
-    old = {gang["name"]: rolled.uids(gang["name"]) for gang in rolled.gangs()}
-    history = History(rolled)
-    with client.load(rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS) as load:
+    old = {gang["name"] for gang in rolled.gangs()}
+    with (
+        PodHistory(rolled) as history,
+        client.load(rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS) as load,
+    ):
         load.wait_begun(4)
         assert all(client.running(leader) for leader in rolled.leaders())
         changed = time.time()
         rolled.patch({"env": [{"name": "OMP_NUM_THREADS", "value": "1"}, {"name": "GENERATION", "value": "2"}]})
-        history.record_until(history.settled)
+        rolled.wait_ready(seconds=2 * READY_SECONDS)
         load.stop()
     assert load.failures() == []
-    assert len(load.running_at(changed)) == 4
-    history.check_no_gang_is_mixed()
-    history.check_some_gang_always_serves()
-    history.check_at_most_one_gang_is_missing()
+    lasted = load.running_at(changed)
+    assert len(lasted) == 4
+    assert min(lasted) >= E2E_STREAM_SECONDS
+    check_no_gang_is_mixed(history)
+    check_some_gang_always_serves(history)
+    check_one_gang_at_a_time(history, gangs=2)
     for pod in rolled.pods():
         assert variable(pod, "GENERATION") == "2"
-    assert not set(old) & {gang["name"] for gang in rolled.gangs()}
+    assert not old & {gang["name"] for gang in rolled.gangs()}
     assert all(gang["attempt"] == 1 for gang in rolled.gangs()), "a rollout is no restart"
 
 
@@ -93,7 +97,9 @@ def test_draining_a_workers_node_fails_no_stream(rolled: DeployedModel, client: 
             rolled.kubectl.run("uncordon", node)
         load.stop()
     assert load.failures() == []
-    assert len(load.running_at(began)) == 4
+    lasted = load.running_at(began)
+    assert len(lasted) == 4
+    assert min(lasted) >= E2E_STREAM_SECONDS
     after = {gang["name"]: gang["attempt"] for gang in rolled.gangs()}
     assert after == {name: attempt + (name in touched) for name, attempt in attempts.items()}
 
@@ -131,49 +137,28 @@ def variable(pod: Object, name: str) -> str | None:
     return next((item.get("value") for item in container["env"] if item["name"] == name), None)
 
 
-class History:
-    """All of a model's pods, looked at again and again."""
+def check_no_gang_is_mixed(history: PodHistory) -> None:
+    """Pods of one gang were of one template, at each moment."""
+    for pods in history.states:
+        for gang in {gang_of(pod) for pod in pods}:
+            of_gang = [pod for pod in pods if gang_of(pod) == gang]
+            assert {revision_of(pod) for pod in of_gang} == {gang.rpartition("-")[2]}
+            assert len({variable(pod, "GENERATION") for pod in of_gang}) == 1
 
-    def __init__(self, model: DeployedModel) -> None:
-        self._model = model
-        self._wanted = model.get()["spec"]["replicas"]
-        self.looks: list[list[Object]] = []
 
-    def record_until(self, condition: Callable[[], Any], *, seconds: float = 2 * READY_SECONDS) -> None:
-        """Looks until the condition holds: for a rollout, twice the time that a gang may take."""
+def check_some_gang_always_serves(history: PodHistory) -> None:
+    """There was a Ready leader pod at each moment."""
+    for pods in history.states:
+        assert any(_serves(pod) for pod in pods), [pod["metadata"]["name"] for pod in pods]
 
-        def look() -> bool:
-            self.looks.append(self._model.pods())
-            return bool(condition())
 
-        self._model.until(look, what="the end of the rollout", seconds=seconds, interval=0.3)
-
-    def settled(self) -> bool:
-        """Whether the operator is done with the spec as it is."""
-        model = self._model.get()
-        observed = model["status"]["observedGeneration"] == model["metadata"]["generation"]
-        return observed and self._model.condition("Progressing")["status"] == "False"
-
-    def check_no_gang_is_mixed(self) -> None:
-        """Pods of one gang were of one template, at each moment."""
-        for pods in self.looks:
-            for gang in {gang_of(pod) for pod in pods}:
-                of_gang = [pod for pod in pods if gang_of(pod) == gang]
-                assert {revision_of(pod) for pod in of_gang} == {gang.rpartition("-")[2]}
-                assert len({variable(pod, "GENERATION") for pod in of_gang}) == 1
-
-    def check_some_gang_always_serves(self) -> None:
-        """There was a Ready leader pod at each moment."""
-        for pods in self.looks:
-            assert any(_serves(pod) for pod in pods), [pod["metadata"]["name"] for pod in pods]
-
-    def check_at_most_one_gang_is_missing(self) -> None:
-        """Without surge no gang came before another's pods were gone, and all others stayed."""
-        for pods in self.looks:
-            gangs = {gang_of(pod) for pod in pods}
-            whole = [gang for gang in gangs if not any(is_terminating(pod) for pod in pods if gang_of(pod) == gang)]
-            assert len(gangs) <= self._wanted, sorted(gangs)
-            assert len(whole) >= self._wanted - 1, sorted(gangs)
+def check_one_gang_at_a_time(history: PodHistory, *, gangs: int) -> None:
+    """Without surge no gang came before another's pods were gone, and of all others none ended."""
+    for pods in history.states:
+        there = {gang_of(pod) for pod in pods}
+        ending = {gang_of(pod) for pod in pods if is_terminating(pod)}
+        assert len(there) <= gangs, sorted(there)
+        assert len(there - ending) >= gangs - 1, sorted(there)
 
 
 def _serves(pod: Object) -> bool:

@@ -70,7 +70,9 @@ def test_scaling_down_fails_no_stream(scaled: DeployedModel, client: Client) -> 
         assert scaled.pods(gang_of(doomed)) == []
         load.stop()
     assert load.failures() == []
-    assert len(load.running_at(began_to_end)) == 4
+    lasted = load.running_at(began_to_end)
+    assert len(lasted) == 4
+    assert min(lasted) >= E2E_STREAM_SECONDS
 
 
 def test_an_autoscaler_at_twice_its_target_wants_four_gangs_of_two(

@@ -80,13 +80,14 @@ async def complete(target: str, prompts: list[list[int]], options: dict[str, Any
 
 
 async def load(target: str, streams: int, tokens: int, seconds: float, pause: float) -> None:
-    """Keeps so many streams open until the input ends, then finishes those that run.
+    """Keeps so many streams open until the input ends; those that run then are left at their next token.
 
     Args:
         target: what to dial.
         streams: how many are open at a time.
         tokens: length of each answer.
         seconds: a stream that still runs after so long is left at its next token: it is alive, and has been all along.
+            One that is not alive is never left, and fails.
         pause: before the next stream, when one has ended.
     """
     stopped = asyncio.Event()
@@ -97,7 +98,7 @@ async def load(target: str, streams: int, tokens: int, seconds: float, pause: fl
 
     async def keep_one_open(client: AsyncClient, numbers: Iterator[int]) -> None:
         while not stopped.is_set():
-            await stream(client, Record(next(numbers), time.time()), tokens, seconds)
+            await stream(client, Record(next(numbers), time.time()), tokens, seconds, stopped)
             await asyncio.sleep(pause)
 
     numbers = iter(range(sys.maxsize))
@@ -110,7 +111,7 @@ async def load(target: str, streams: int, tokens: int, seconds: float, pause: fl
             group.create_task(keep_one_open(client, numbers))
 
 
-async def stream(client: AsyncClient, record: Record, tokens: int, seconds: float) -> None:
+async def stream(client: AsyncClient, record: Record, tokens: int, seconds: float, stopped: asyncio.Event) -> None:
     """One request, from a line that says it has begun to one that says how it ended."""
     CURRENT.set(record)
     running = client.generate(PROMPT, max_tokens=tokens, ignore_eos=True, temperature=0, timeout=LONGEST)
@@ -120,7 +121,7 @@ async def stream(client: AsyncClient, record: Record, tokens: int, seconds: floa
             if record.first_token is None:
                 record.first_token = time.time()
                 say(event="begun", number=record.number, at=record.first_token)
-            if time.time() - record.first_token > seconds:
+            if stopped.is_set() or time.time() - record.first_token > seconds:
                 running.cancel()
                 break
     except TpmodelError as error:

@@ -116,7 +116,7 @@ class Load:
         self._process.wait()
 
     def stop(self) -> None:
-        """No stream begins any more; returns when all have ended. Idempotent."""
+        """No stream begins any more, and those that run are left once they have another token. Idempotent."""
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._reader is not None
@@ -142,9 +142,13 @@ class Load:
         """Streams that failed or were cut, even where the client went on elsewhere; and what is no report."""
         return [line for line in self.lines if "event" not in line or line.get("error") or line.get("cuts")]
 
-    def running_at(self, moment: float) -> list[Object]:
-        """Streams that had a token before a time.time() of this machine's and ended after it."""
-        return [line for line in self.ended() if line["first_token"] and line["first_token"] < moment < line["ended"]]
+    def running_at(self, moment: float) -> list[float]:
+        """Seconds that each stream lasted which ran at a moment, a time.time() of this machine's."""
+        return [
+            line["ended"] - line["first_token"]
+            for line in self.ended()
+            if line["first_token"] and line["first_token"] < moment < line["ended"]
+        ]
 
     def _read(self, output: IO[str]) -> None:
         for line in output:

@@ -100,7 +100,7 @@ class DeployedModel:
         self.until(self._settled, what="ready, with nothing in progress", seconds=seconds)
 
     def until(
-        self, condition: Callable[[], Any], *, what: str, seconds: float = READY_SECONDS, interval: float = 0.5
+        self, condition: Callable[[], Any], *, what: str, seconds: float = READY_SECONDS, interval: float = 1.0
     ) -> Any:
         """Returns the condition's first true value; past the time limit raises with all that is known of the model."""
         what = f"{self.name}: {what}"
