@@ -16,6 +16,7 @@ from tpmodel_worker.supervisor import command
 from tpmodel_worker.supervisor.configuration import ConfigurationError
 from tpmodel_worker.supervisor.engine_options import read_engine_options
 from tpmodel_worker.supervisor.hub import ModelSource
+from tpmodel_worker.supervisor.main import write_termination_message
 
 POD = {
     "TPMODEL_POD_NAME": "small-0-abc12-1",
@@ -250,3 +251,12 @@ def test_a_hub_uri_names_a_repository_and_perhaps_a_revision(uri: str, revision:
 def test_another_hub_uri_is_refused(uri: str, revision: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         ModelSource.parse(uri, revision)
+
+
+def test_a_long_cause_is_cut_to_what_kubernetes_keeps_and_between_characters(tmp_path: Path) -> None:
+    path = tmp_path / "message"
+    path.touch()
+    write_termination_message(path, "x" + "ü" * 4000)
+    assert path.read_text() == "x" + "ü" * 2047
+    write_termination_message(tmp_path / "nowhere", "nobody asked")
+    assert not (tmp_path / "nowhere").exists()
