@@ -26,6 +26,7 @@ LOOK_SECONDS = 2.0
 MOST_FOLLOWED = 64
 """Each is a kubectl process and a connection."""
 
+_NO_PREVIOUS = "previous terminated container"
 ALL_LINES = "--tail=-1"
 
 Life = tuple[str, int]
@@ -72,6 +73,8 @@ class Line:
     pod: str
     text: str
     is_complaint: bool = False
+    is_failure: bool = False
+    """The complaint is about a log that should be there."""
 
     def print(self) -> None:
         """With the pod's name."""
@@ -102,16 +105,23 @@ def chosen(model: ModelView, *, gang: str | None, index: int | None) -> list[Pod
 
 
 def print_once(kubectl: Kubectl, pods: Iterable[PodView], options: list[str]) -> None:
-    """One pod after the other. Those without a log are named; it is an error only if all are."""
-    complaints = 0
+    """One pod after the other. Those without such a log are named; it is an error only if all are.
+
+    Raises:
+        KubectlError: no pod has such a log, or one that should be there cannot be read.
+    """
     pods = list(pods)
+    complaints: list[Line] = []
     for pod in pods:
         lines = read(pod, _open(kubectl, pod, options)) if pod.started else [_no_log(pod)]
         for line in lines:
             line.print()
-            complaints += line.is_complaint
-    if complaints == len(pods):
+            if line.is_complaint:
+                complaints.append(line)
+    if len(complaints) == len(pods):
         raise KubectlError("no pod has such a log")
+    if any(line.is_failure for line in complaints):
+        raise KubectlError("not all logs could be read")
 
 
 def _no_log(pod: PodView) -> Line:
@@ -185,7 +195,8 @@ def read(pod: PodView, process: subprocess.Popen[str]) -> Iterator[Line]:
     code = process.wait()
     reader.join(5)
     if code > 0:
-        yield Line(pod.name, problems.explain("".join(errors)).message, is_complaint=True)
+        message = problems.explain("".join(errors)).message
+        yield Line(pod.name, message, is_complaint=True, is_failure=_NO_PREVIOUS not in message)
 
 
 def _open(kubectl: Kubectl, pod: PodView, options: list[str]) -> subprocess.Popen[str]:

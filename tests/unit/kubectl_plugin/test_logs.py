@@ -84,6 +84,15 @@ def test_a_pod_without_such_a_log_is_named_and_the_others_are_printed(
     assert result.stderr.startswith(f"{first}: kubectl: previous terminated container")
 
 
+def test_a_log_that_cannot_be_read_is_an_error(cluster: Cluster, kubectl: StandInKubectl) -> None:
+    first, second = names(cluster, (0, 0), (0, 1))
+    kubectl.answer("logs", first, errors="Error from server: Get https://node: dial tcp: i/o timeout\n", code=1)
+    result = run("--gang=0")
+    assert result.exit_code == 1
+    assert result.stdout == f"[{second}] line of {second}\n"
+    assert result.stderr.endswith("Error: not all logs could be read\n")
+
+
 def test_it_is_an_error_if_no_pod_has_such_a_log(cluster: Cluster, kubectl: StandInKubectl) -> None:
     kubectl.answer("logs", errors=NO_PREVIOUS, code=1)
     result = run("--previous")
