@@ -135,16 +135,17 @@ def client(target: Target, models: Kubectl) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def _sturdy(models: Kubectl) -> Iterator[DeployedModel]:
+def sturdy_model(models: Kubectl) -> Iterator[DeployedModel]:
+    """A model of one gang of two pods, which many tests break in turn: starting one takes a while."""
     with deployed(models, "sturdy", **STURDY) as model:
         yield model
 
 
 @pytest.fixture
-def sturdy(_sturdy: DeployedModel) -> DeployedModel:
-    """A Ready model of one gang of two pods, which many tests break in turn: starting one takes a while."""
-    _sturdy.wait_ready()
-    return _sturdy
+def sturdy(sturdy_model: DeployedModel) -> DeployedModel:
+    """The same, when it is Ready."""
+    sturdy_model.wait_ready()
+    return sturdy_model
 
 
 @pytest.fixture(scope="session")

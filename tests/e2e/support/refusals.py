@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.cluster.errors import ClusterError
 from tests.cluster.kubectl import Kubectl, KubectlError, Object
 from tests.cluster.waiting import wait_until
 
 POLICY = "hold-the-operator"
-ACTIVE_SECONDS = 20.0
+PROBE = "is-the-operator-held"
+"""A ConfigMap that the policy refuses too, so that one can see when it is in force."""
+IN_FORCE_SECONDS = 20.0
 """For the API server to take a new policy up: it looks every second or so."""
-EVERYTHING = "true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,64 +22,67 @@ class Write:
 
     group: str
     resource: str
-    """Such as `pods` or `tpmodels/status`."""
-    operations: tuple[str, ...]
-    which: str = EVERYTHING
+    operation: str
+    subresource: str = ""
+    which: str = "true"
     """CEL over `object` and `oldObject`: those that are meant."""
+
+    @property
+    def rule(self) -> Object:
+        """What matches it."""
+        path = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
+        return _rule(self.group, path, self.operation)
+
+    @property
+    def condition(self) -> str:
+        """CEL: whether a request is such a write."""
+        return (
+            f"request.resource.resource == '{self.resource}' && request.subResource == '{self.subresource}'"
+            f" && request.operation == '{self.operation}' && ({self.which})"
+        )
 
 
 @contextlib.contextmanager
-def refused(kubectl: Kubectl, write: Write, *, user: str, probe: Callable[[Kubectl], object]) -> Iterator[None]:
-    """For as long as the block lasts, this user's write is refused in kubectl's namespace.
-
-    Args:
-        kubectl: whose cluster and namespace are meant.
-        write: what is refused.
-        user: whose writes.
-        probe: does such a write, or a dry run of it, through the kubectl that it is given; it acts as the user.
-    """
+def refused(kubectl: Kubectl, write: Write, *, user: str) -> Iterator[None]:
+    """For as long as the block lasts, this user's write is refused in kubectl's namespace."""
     assert kubectl.namespace is not None
     try:
         kubectl.apply(_policy(write, user), _binding(kubectl.namespace))
-        wait_until(lambda: _refuses(probe, kubectl), what=f"a policy that refuses {write}", seconds=ACTIVE_SECONDS)
+        wait_until(lambda: _in_force(kubectl), what=f"a policy that refuses {write}", seconds=IN_FORCE_SECONDS)
         yield
     finally:
         kubectl.delete("validatingadmissionpolicybinding", POLICY)
         kubectl.delete("validatingadmissionpolicy", POLICY)
-        wait_until(lambda: not _refuses(probe, kubectl), what="no policy any more", seconds=ACTIVE_SECONDS)
+        wait_until(lambda: not _in_force(kubectl), what="no such policy any more", seconds=IN_FORCE_SECONDS)
 
 
-def _refuses(probe: Callable[[Kubectl], object], kubectl: Kubectl) -> bool:
+def _in_force(kubectl: Kubectl) -> bool:
     try:
-        probe(kubectl)
+        kubectl.run("create", "configmap", PROBE, "--dry-run=server")
     except KubectlError as error:
-        if POLICY in error.output:
-            return True
-        raise ClusterError(f"the probe failed for another reason: {error.output}") from error
+        if POLICY not in error.output:
+            raise
+        return True
     return False
 
 
 def _policy(write: Write, user: str) -> Object:
-    rule = {
-        "apiGroups": [write.group],
-        "apiVersions": ["*"],
-        "operations": list(write.operations),
-        "resources": [write.resource],
-    }
+    condition = f"request.name == '{PROBE}' || (request.userInfo.username == '{user}' && {write.condition})"
     return {
         "apiVersion": "admissionregistration.k8s.io/v1",
         "kind": "ValidatingAdmissionPolicy",
         "metadata": {"name": POLICY},
         "spec": {
             "failurePolicy": "Fail",
-            "matchConstraints": {"resourceRules": [rule]},
-            "matchConditions": [
-                {"name": "user", "expression": f"request.userInfo.username == '{user}'"},
-                {"name": "which", "expression": write.which},
-            ],
+            "matchConstraints": {"resourceRules": [write.rule, _rule("", "configmaps", "CREATE")]},
+            "matchConditions": [{"name": "held", "expression": condition}],
             "validations": [{"expression": "false", "message": "held by a test"}],
         },
     }
+
+
+def _rule(group: str, resource: str, operation: str) -> Object:
+    return {"apiGroups": [group], "apiVersions": ["*"], "operations": [operation], "resources": [resource]}
 
 
 def _binding(namespace: str) -> Object:
