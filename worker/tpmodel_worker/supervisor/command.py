@@ -1,7 +1,7 @@
 """`tpmodel-worker`: the main process of a gang's pod. Its flags are what the operator writes into a StatefulSet.
 
 A value that cannot work ends it with 64, one line on standard error and the same line as the pod's termination
-message. Imports little: until it has begun to listen to signals, the first process of a container is deaf to them.
+message. Imports little: a pod that is asked to end while it starts shall do so soon.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; ends the process."""
     # Nothing runs yet that would have to be ended in order.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    # Images start this blocked, so that one which comes before this line waits for it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         code = _command.main(arguments, prog_name="tpmodel-worker", standalone_mode=False)
     except click.ClickException as error:
