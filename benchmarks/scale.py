@@ -120,12 +120,15 @@ async def _floor(cluster: ScaleCluster, load: Load) -> float:
 async def _time_to_children(kube: Kube, creating: asyncio.Task[None], load: Load) -> float:
     """Seconds from now until every child exists; both ways of making them are looked at alike."""
     started = time.monotonic()
-    await scale_load.until(
-        lambda: scale_load.has_children(kube, NAMESPACE, load.models), seconds=CREATION_SECONDS, what="all children"
-    )
-    seconds = time.monotonic() - started
+
+    async def complete() -> bool:
+        if creating.done():
+            creating.result()
+        return await scale_load.has_children(kube, NAMESPACE, load.models)
+
+    await scale_load.until(complete, seconds=CREATION_SECONDS, what="all children")
     await creating
-    return seconds
+    return time.monotonic() - started
 
 
 async def _measure_operator(cluster: ScaleCluster, operator: OperatorProcess, load: Load, floor: float) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from tpmodel_operator.kube import (
     SERVICE_ACCOUNTS,
     SERVICES,
     STATEFUL_SETS,
+    ApiError,
     Json,
     Kube,
     Resource,
@@ -65,10 +67,34 @@ async def side_by_side(calls: Iterable[Awaitable[Any]], limit: int = AT_ONCE) ->
     await asyncio.gather(*(one(call) for call in calls))
 
 
+async def create(kube: Kube, resource: Resource, namespace: str, body: Json) -> Json:
+    """Creates an object; a call that gets no answer is made again, as the operator does it too."""
+    for _ in range(5):
+        try:
+            return await kube.create(resource, namespace, body)
+        except ApiError as error:
+            if error.conflict:
+                return await kube.get(resource, namespace, body["metadata"]["name"])
+            if 0 < error.status < 500:
+                raise
+    raise TimeoutError(f"{resource.plural} {body['metadata']['name']} could not be made")
+
+
+async def apply(kube: Kube, resource: Resource, namespace: str, body: Json) -> Json:
+    """Applies an object, likewise."""
+    for _ in range(5):
+        try:
+            return await kube.apply(resource, namespace, body)
+        except ApiError as error:
+            if 0 < error.status < 500:
+                raise
+    raise TimeoutError(f"{resource.plural} {body['metadata']['name']} could not be made")
+
+
 async def create_models(kube: Kube, namespace: str, count: int, pods: int) -> None:
     """Creates TPModels m-0, m-1, ..."""
     bodies = (model_body(f"m-{number}", namespace, pods) for number in range(count))
-    await side_by_side(kube.create(MODELS, namespace, body) for body in bodies)
+    await side_by_side(create(kube, MODELS, namespace, body) for body in bodies)
 
 
 async def create_models_and_children(kube: Kube, namespace: str, count: int, pods: int) -> None:
@@ -77,12 +103,12 @@ async def create_models_and_children(kube: Kube, namespace: str, count: int, pod
 
 
 async def _model_and_children(kube: Kube, namespace: str, name: str, pods: int) -> None:
-    model = records.tpmodel(await kube.create(MODELS, namespace, model_body(name, namespace, pods)))
+    model = records.tpmodel(await create(kube, MODELS, namespace, model_body(name, namespace, pods)))
     settings = OperatorSettings(default_image=IMAGE)
     shared = model_children(model, EnsureModelChildren(disruptable_pods=None), settings)
-    await asyncio.gather(*(kube.apply(_RESOURCES[body["kind"]], namespace, body) for body in shared))
+    await asyncio.gather(*(apply(kube, _RESOURCES[body["kind"]], namespace, body) for body in shared))
     *others, stateful_set = gang_children(model, _gang(model), token="t" * 43)
-    uid = (await kube.create(STATEFUL_SETS, namespace, stateful_set))["metadata"]["uid"]
+    uid = (await create(kube, STATEFUL_SETS, namespace, stateful_set))["metadata"]["uid"]
     owned = (owned_by(stateful_set["metadata"]["name"], uid, body) for body in others)
     await asyncio.gather(*(_send(kube, namespace, body) for body in owned))
 
@@ -90,9 +116,9 @@ async def _model_and_children(kube: Kube, namespace: str, name: str, pods: int) 
 async def _send(kube: Kube, namespace: str, body: Json) -> None:
     resource = _RESOURCES[body["kind"]]
     if resource is NETWORK_POLICIES:
-        await kube.apply(resource, namespace, body)
+        await apply(kube, resource, namespace, body)
     else:
-        await kube.create(resource, namespace, body)
+        await create(kube, resource, namespace, body)
 
 
 def _gang(model: TPModel) -> EnsureGang:
@@ -141,31 +167,42 @@ class PodWatch:
 
     async def run(self) -> None:
         """For ever."""
+        while True:
+            with contextlib.suppress(ApiError):
+                await self._list_and_watch()
+
+    async def _list_and_watch(self) -> None:
         version = ""
+        present: dict[str, Json] = {}
         async for page in self.kube.list(PODS, self.namespace, selector=names.WATCH_SELECTOR):
             version = page.resource_version
-            self.pods |= {item["metadata"]["uid"]: _small(item) for item in page.items}
+            present |= {item["metadata"]["uid"]: item for item in page.items}
+        for uid in set(self.pods) - set(present):
+            self._gone(uid)
+        for item in present.values():
+            self._seen(item)
         while True:
             events = self.kube.watch(PODS, self.namespace, resource_version=version, selector=names.WATCH_SELECTOR)
             async for event in events:
                 version = event.object["metadata"]["resourceVersion"]
-                uid = event.object["metadata"].get("uid")
-                if event.type == "BOOKMARK":
-                    continue
-                if event.type == "DELETED" or "deletionTimestamp" in event.object["metadata"]:
-                    self.deleted.setdefault(uid, time.monotonic())
-                    self.pods.pop(uid, None)
-                else:
-                    self.pods[uid] = _small(event.object)
+                if event.type == "DELETED":
+                    self._gone(event.object["metadata"]["uid"])
+                elif event.type != "BOOKMARK":
+                    self._seen(event.object)
+
+    def _seen(self, item: Json) -> None:
+        if "deletionTimestamp" in item["metadata"]:
+            self._gone(item["metadata"]["uid"])
+        else:
+            self.pods[item["metadata"]["uid"]] = _small(item)
+
+    def _gone(self, uid: str) -> None:
+        self.deleted.setdefault(uid, time.monotonic())
+        self.pods.pop(uid, None)
 
     def of(self, model: str) -> dict[str, Json]:
         """A model's pods by UID."""
         return {uid: pod for uid, pod in self.pods.items() if pod["metadata"]["labels"][names.MODEL_LABEL] == model}
-
-    def is_ready(self, model: str, pods: int) -> bool:
-        """Whether all pods of a model run and are Ready."""
-        found = self.of(model).values()
-        return len(found) == pods and all(_ready(pod) for pod in found)
 
 
 def _small(item: Json) -> Json:
@@ -174,11 +211,6 @@ def _small(item: Json) -> Json:
         "metadata": {key: metadata[key] for key in ("name", "uid", "labels")},
         "status": {key: item["status"].get(key) for key in ("containerStatuses", "conditions")},
     }
-
-
-def _ready(pod: Json) -> bool:
-    conditions = pod["status"]["conditions"] or []
-    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
 
 async def end_container(kube: Kube, namespace: str, pod: Json) -> float:
