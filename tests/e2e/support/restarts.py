@@ -16,19 +16,7 @@ STURDY: Object = {
     "scheduling": {
         "deadNodeToleration": 5,
         "affinity": {
-            # Each pod on a node of its own, and rather not where the clients are: tests break the other nodes.
-            "nodeAffinity": {
-                "preferredDuringSchedulingIgnoredDuringExecution": [
-                    {
-                        "weight": 50,
-                        "preference": {
-                            "matchExpressions": [
-                                {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["node1"]}
-                            ]
-                        },
-                    }
-                ]
-            },
+            # Each pod on a node of its own, where there are enough.
             "podAntiAffinity": {
                 "preferredDuringSchedulingIgnoredDuringExecution": [
                     {
