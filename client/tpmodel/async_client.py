@@ -123,11 +123,12 @@ class AsyncClient:
         api_key: str | None = None,
         retry: channels.RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str = "",
     ) -> None:
         self._channel = (
             grpc.aio.insecure_channel(target, options=channels.OPTIONS)
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=channels.OPTIONS)
+            else grpc.aio.secure_channel(target, credentials, options=channels.options(server_name))
         )
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._metadata = channels.metadata(api_key)

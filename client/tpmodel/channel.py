@@ -20,6 +20,11 @@ OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
+def options(server_name: str) -> list[tuple[str, int | str]]:
+    """Channel options. server_name: what the server's certificate must be for, where that is not the target's host."""
+    return [*OPTIONS, ("grpc.ssl_target_name_override", server_name)] if server_name else OPTIONS
+
+
 def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     """Call metadata that presents the API key."""
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()

@@ -114,6 +114,8 @@ class Client:
     """Blocking client of one server or of all gangs behind a name.
 
     target: host:port, or any gRPC target such as dns:///qwen-leaders.default.svc:9000.
+    credentials: for a server that speaks TLS, such as grpc.ssl_channel_credentials(root_certificates).
+    server_name: what its certificate must be for, where that is not the target's host, as behind a tunnel.
     """
 
     def __init__(
@@ -123,11 +125,12 @@ class Client:
         api_key: str | None = None,
         retry: channels.RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str = "",
     ) -> None:
         self._channel = (
             grpc.insecure_channel(target, options=channels.OPTIONS)
             if credentials is None
-            else grpc.secure_channel(target, credentials, options=channels.OPTIONS)
+            else grpc.secure_channel(target, credentials, options=channels.options(server_name))
         )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._metadata = channels.metadata(api_key)

@@ -7,11 +7,12 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import click
 
 from tpmodel.async_client import AsyncClient
-from tpmodel.cli.common import api_key_or_environment, connection_options, readable_errors
+from tpmodel.cli.common import api_key_or_environment, channel_credentials, connection_options, readable_errors
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class _Timings:
 def bench(
     target: str,
     api_key: str | None,
+    tls_ca: Path | None,
     requests: int,
     concurrency: int,
     prompt_tokens: int,
@@ -47,7 +49,8 @@ def bench(
     clients = min(channels, concurrency)
 
     async def run() -> tuple[float, _Timings]:
-        connections = [AsyncClient(target, api_key=api_key_or_environment(api_key)) for _ in range(clients)]
+        key, credentials = api_key_or_environment(api_key), channel_credentials(tls_ca)
+        connections = [AsyncClient(target, api_key=key, credentials=credentials) for _ in range(clients)]
         try:
             vocabulary = (await connections[0].model_info()).vocab_size
             rng = random.Random(seed)  # noqa: S311

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from tpmodel.channel import RetryPolicy
-from tpmodel.cli.common import api_key_or_environment, connection_options, readable_errors, sampling_options
+from tpmodel.cli.common import (
+    api_key_or_environment,
+    channel_credentials,
+    connection_options,
+    readable_errors,
+    sampling_options,
+)
 from tpmodel.client import Client
 from tpmodel.errors import InvalidRequestError
 from tpmodel.types import ChatMessage
@@ -18,12 +25,13 @@ from tpmodel.types import ChatMessage
 @connection_options
 @click.option("--system", default=None, help="The system message.")
 @sampling_options
-def chat(target: str, api_key: str | None, system: str | None, **sampling: Any) -> None:
+def chat(target: str, api_key: str | None, tls_ca: Path | None, system: str | None, **sampling: Any) -> None:
     """Talk with the model; an empty line or Ctrl-D ends it, Ctrl-C cuts an answer short."""
     sampling["stop"] = list(sampling["stop"])
     messages = [ChatMessage("system", system)] if system else []
+    key, credentials = api_key_or_environment(api_key), channel_credentials(tls_ca)
     retry = RetryPolicy(window=10.0)
-    with readable_errors(target), Client(target, api_key=api_key_or_environment(api_key), retry=retry) as client:
+    with readable_errors(target), Client(target, api_key=key, retry=retry, credentials=credentials) as client:
         while question := _ask():
             messages.append(ChatMessage("user", question))
             try:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import grpc
 
 from tpmodel.errors import TpmodelError, UnavailableError, UnsupportedError
 
@@ -19,7 +21,10 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 
 
 def connection_options(command: F) -> F:
-    """--target and --api-key."""
+    """--target, --api-key and --tls-ca."""
+    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    text = "PEM file of certificates to trust; the connection then uses TLS."
+    command = click.option("--tls-ca", type=file, default=None, help=text)(command)
     command = api_key_option(command)
     return click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Server, HOST:PORT.")(command)
 
@@ -32,6 +37,11 @@ def api_key_option(command: F) -> F:
 def api_key_or_environment(api_key: str | None) -> str | None:
     """The option's value, else what the environment says."""
     return api_key or os.environ.get("TPMODEL_API_KEY") or None
+
+
+def channel_credentials(tls_ca: Path | None) -> grpc.ChannelCredentials | None:
+    """None: plain text."""
+    return grpc.ssl_channel_credentials(tls_ca.read_bytes()) if tls_ca is not None else None
 
 
 def sampling_options(command: F) -> F:

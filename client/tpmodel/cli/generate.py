@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from tpmodel.channel import RetryPolicy
 from tpmodel.cli.common import (
     SAMPLING,
     api_key_or_environment,
+    channel_credentials,
     connection_options,
     readable_errors,
     sampling_options,
@@ -49,13 +51,14 @@ class Question:
     """Seconds to wait for a server."""
     as_json: bool
 
-    def answer(self, target: str, api_key: str | None) -> None:
-        """Asks the server and prints the answer as it comes.
+    def answer(self, target: str, *, api_key: str | None, **tls: Any) -> None:
+        """Asks the server and prints the answer as it comes. tls: credentials and server_name, as Client takes them.
 
         Raises:
             TpmodelError: it could not be had.
         """
-        with Client(target, api_key=api_key_or_environment(api_key), retry=RetryPolicy(window=self.wait)) as client:
+        retry = RetryPolicy(window=self.wait)
+        with Client(target, api_key=api_key_or_environment(api_key), retry=retry, **tls) as client:
             stream = client.generate(self.prompt, timeout=self.timeout, **self.sampling)
             try:
                 (_print_json if self.as_json else _print_text)(stream)
@@ -108,10 +111,10 @@ def question_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @connection_options
 @question_options
-def generate(target: str, api_key: str | None, question: Question) -> None:
+def generate(target: str, api_key: str | None, tls_ca: Path | None, question: Question) -> None:
     """Continue PROMPT (or --token-ids) and stream the answer."""
     with readable_errors(target):
-        question.answer(target, api_key)
+        question.answer(target, api_key=api_key, credentials=channel_credentials(tls_ca))
 
 
 def _print_text(stream: GenerateStream) -> None:

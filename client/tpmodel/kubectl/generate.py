@@ -13,6 +13,7 @@ from tpmodel.kubectl.kubectl import Kubectl, with_kubectl
 from tpmodel.kubectl.lookup import Leader, find_leader
 from tpmodel.kubectl.names import INFERENCE_PORT
 from tpmodel.kubectl.problems import KubectlError
+from tpmodel.kubectl.tunnel_tls import identity_behind
 
 
 @click.command()
@@ -27,7 +28,14 @@ def generate(kubectl: Kubectl, model: str, question: Question, gang: str | None,
     leader = find_leader(kubectl, model, gang)
     with forwarding(kubectl, leader.pod.name, {INFERENCE_PORT: 0}) as forward:
         try:
-            question.answer(f"127.0.0.1:{forward.local_port(INFERENCE_PORT)}", api_key)
+            port = forward.local_port(INFERENCE_PORT)
+            identity = identity_behind(port) if leader.pod.tls else None
+            question.answer(
+                f"127.0.0.1:{port}",
+                api_key=api_key,
+                credentials=identity.credentials if identity else None,
+                server_name=identity.server_name if identity else "",
+            )
         except AuthenticationError as error:
             raise KubectlError(_no_key(leader, error)) from error
         except TpmodelError as error:

@@ -11,6 +11,8 @@ MODEL_LABEL = "tpmodel.dev/model"
 GANG_LABEL = "tpmodel.dev/gang"
 POD_INDEX_LABEL = "apps.kubernetes.io/pod-index"
 CONTAINER = "worker"
+TLS_VOLUME = "tls"
+"""Mounted where the client ports speak TLS."""
 
 INFERENCE_PORT = 9000
 HTTP_PORT = 8000

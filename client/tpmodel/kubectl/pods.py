@@ -29,6 +29,8 @@ class PodView:
     """Of the worker's container."""
     state: str
     """What its container does, or why it does not run."""
+    tls: bool = False
+    """Whether its client ports speak TLS."""
     warning: str = ""
     """The newest Event about it, where that may tell more."""
 
@@ -50,6 +52,7 @@ def pod_view(pod: Json) -> PodView:
         started=bool(worker.get("restartCount")) or bool({"running", "terminated"} & worker.get("state", {}).keys()),
         restarts=worker.get("restartCount", 0),
         state=_state(metadata, status, worker),
+        tls=any(volume.get("name") == names.TLS_VOLUME for volume in pod.get("spec", {}).get("volumes", [])),
     )
 
 

@@ -62,8 +62,9 @@ def _forward(kubectl: Kubectl, leader: Leader, ports: dict[int, int]) -> tuple[d
     """Until the pod goes away; the ports here, which clients know by now, and kubectl's last words."""
     with forwarding(kubectl, leader.pod.name, ports) as forward:
         found = {remote: forward.local_port(remote) for remote in ports}
+        scheme = "https" if leader.pod.tls else "http"
         click.echo(
-            f"127.0.0.1:{found[INFERENCE_PORT]} (gRPC) and http://127.0.0.1:{found[HTTP_PORT]} lead to "
+            f"127.0.0.1:{found[INFERENCE_PORT]} (gRPC) and {scheme}://127.0.0.1:{found[HTTP_PORT]} lead to "
             f"{leader.described}"
         )
         # kubectl itself notices that a pod is gone only when somebody connects.

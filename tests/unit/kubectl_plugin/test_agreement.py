@@ -8,6 +8,7 @@ from tpmodel.kubectl import names
 from tpmodel.kubectl.view import pod_selector
 from tpmodel_operator import api
 from tpmodel_operator import names as operator_names
+from tpmodel_operator.api_kubernetes import RESERVED_VOLUMES
 
 
 def test_labels_container_ports_and_resource() -> None:
@@ -16,6 +17,7 @@ def test_labels_container_ports_and_resource() -> None:
     assert names.GANG_LABEL == operator_names.GANG_LABEL
     assert names.POD_INDEX_LABEL == operator_names.POD_INDEX
     assert names.CONTAINER == operator_names.CONTAINER
+    assert names.TLS_VOLUME in RESERVED_VOLUMES
     assert (names.INFERENCE_PORT, names.HTTP_PORT) == (operator_names.INFERENCE_PORT, operator_names.HTTP_PORT)
 
 

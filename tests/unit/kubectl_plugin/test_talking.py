@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from support import operator_cluster
 from support.operator_cluster import Cluster
 from support.plugin_objects import model_json, pods_json, view
 from support.stand_in_kubectl import StandInKubectl
+from support.tls_certificates import IssuedCertificate, issue
 from tpmodel.kubectl import commands
 from tpmodel.kubectl.connection import Connection
 from tpmodel.kubectl.forward import forwarding
@@ -33,7 +35,7 @@ def run(*arguments: str) -> Result:
 
 
 @contextmanager
-def a_model(*, key: str = "") -> Iterator[int]:
+def a_model(*, key: str = "", tls: IssuedCertificate | None = None) -> Iterator[int]:
     """Answers every prompt with its token ids, backwards; yields its port."""
 
     def generate(request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
@@ -54,7 +56,10 @@ def a_model(*, key: str = "") -> Iterator[int]:
     )
     handlers = grpc.method_handlers_generic_handler("tpmodel.v1.InferenceService", {"Generate": method})
     server.add_generic_rpc_handlers((handlers,))
-    port = server.add_insecure_port("127.0.0.1:0")
+    if tls is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(tls.key, tls.certificate)]))
     server.start()
     try:
         yield port
@@ -66,6 +71,14 @@ def reach(kubectl: StandInKubectl, cluster: Cluster, port: int) -> None:
     """A port-forward to any pod leads to the port."""
     kubectl.has(model_json(cluster), pods_json(cluster))
     kubectl.answer("port-forward", output=f"Forwarding from 127.0.0.1:{port} -> 9000\n", stays=True)
+
+
+def reach_with_tls(kubectl: StandInKubectl, cluster: Cluster, port: int) -> None:
+    reach(kubectl, cluster, port)
+    pods = pods_json(cluster)
+    for pod in pods:
+        pod["spec"]["volumes"] = [{"name": "tls"}]
+    kubectl.answer("get", "pods", output={"items": pods})
 
 
 def forwarded(kubectl: StandInKubectl) -> list[str]:
@@ -110,6 +123,25 @@ def test_a_missing_key_says_where_the_key_is(kubectl: StandInKubectl) -> None:
     assert refused.exit_code == 1
     assert "give --api-key or set TPMODEL_API_KEY: the key is key token of Secret keys" in refused.output
     assert accepted.exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["chat.default.svc", "*.default.svc"])
+def test_generate_speaks_tls_with_a_pod_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Nobody has to give a certificate: the tunnel ends in the right pod."""
+    certificate = issue(tmp_path, name)
+    kubectl = StandInKubectl(tmp_path, monkeypatch)
+    with a_model(tls=certificate) as port:
+        reach_with_tls(kubectl, operator_cluster.serving(), port)
+        result = run("generate", "m", "olleh")
+    assert (result.exit_code, result.stdout) == (0, "hello\n")
+
+
+def test_tls_that_does_not_come_about_is_explained(kubectl: StandInKubectl) -> None:
+    with a_model() as port:
+        reach_with_tls(kubectl, operator_cluster.serving(), port)
+        result = run("generate", "m", "x")
+    assert result.exit_code == 1
+    assert "the pod's TLS cannot be used: " in result.output
 
 
 def test_a_pod_that_cannot_be_reached_is_named(kubectl: StandInKubectl) -> None:
