@@ -146,6 +146,7 @@ def test_a_download_is_alive_not_ready_and_seen_and_sigterm_ends_it_at_once(gang
     hub.pause_per_chunk = 0.3
     pod = gang.start(0)
     status = downloading(pod)
+    pod.eventually(lambda: "tpmodel: downloading: " in pod.output, "the pod's log shows the download")
     assert pod.health("")
     assert not pod.health()
     assert status.download.source == f"hf://org/model@{COMMIT}"
@@ -158,7 +159,6 @@ def test_a_download_is_alive_not_ready_and_seen_and_sigterm_ends_it_at_once(gang
 
     assert pod.wait_exit() == 0
     assert time.monotonic() - begun < 8
-    assert "tpmodel: downloading: " in pod.output
     assert list((gang.folder.parent / "cache").glob("**/*.lock")) == []
 
 

@@ -241,7 +241,8 @@ async def test_control_port_answers_health_without_and_reflection_only_with_the_
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         reflection = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await reflection(iter([b""]), timeout=5.0).read()
+            # Without a message: writing one into a call that is being refused fails in a way of its own.
+            await reflection(timeout=5.0).read()
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
