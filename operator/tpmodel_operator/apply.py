@@ -10,23 +10,33 @@ from tpmodel_operator.api import TPModel
 from tpmodel_operator.attempts import Attempts
 from tpmodel_operator.children import of_gang, owned_by
 from tpmodel_operator.kube import PODS, STATEFUL_SETS, ApiError, Kube
-from tpmodel_operator.lasting import LastingChildren, all_of
+from tpmodel_operator.lasting import LastingChildren
 from tpmodel_operator.observed import Observed, StatefulSetRecord
+from tpmodel_operator.ownership import Ownership
 from tpmodel_operator.resources import configmap, networkpolicy, statefulset
 from tpmodel_operator.tokens import Tokens
+from tpmodel_operator.waiting import all_of
 
 
 class Applier:
     """The writing half of a pass."""
 
     def __init__(
-        self, kube: Kube, *, attempts: Attempts, tokens: Tokens, lasting: LastingChildren, permit: Callable[[], None]
+        self,
+        kube: Kube,
+        *,
+        attempts: Attempts,
+        tokens: Tokens,
+        lasting: LastingChildren,
+        ownership: Ownership,
+        permit: Callable[[], None],
     ) -> None:
         """permit: raises where this process must not write any more; asked before every action."""
         self._kube = kube
         self._attempts = attempts
         self._tokens = tokens
         self._lasting = lasting
+        self._ownership = ownership
         self._permit = permit
 
     async def apply(self, observed: Observed, actions: Iterable[Action]) -> int:
@@ -73,8 +83,9 @@ class Applier:
         except ApiError as error:
             if not error.conflict:
                 raise
-            uid = (await self._kube.get(STATEFUL_SETS, model.namespace, gang.name))["metadata"]["uid"]
-            is_new = False
+            there = await self._kube.get(STATEFUL_SETS, model.namespace, gang.name)
+            self._ownership.require_own(model, STATEFUL_SETS, there)
+            uid, is_new = there["metadata"]["uid"], False
         await all_of([self._tokens.create(model, gang, uid, leftover=is_new), self._accompany(model, gang, uid)])
 
     async def _repair_gang(self, observed: Observed, record: StatefulSetRecord) -> None:
@@ -88,13 +99,13 @@ class Applier:
         """The gang's ConfigMap and NetworkPolicy exist."""
         policy = owned_by(gang.name, uid, networkpolicy.build_gang(model, gang))
         attempt = owned_by(gang.name, uid, configmap.build(model, gang))
-        await all_of([self._attempts.ensure(attempt), self._lasting.ensure(model, policy)])
+        await all_of([self._attempts.ensure(model, attempt), self._lasting.ensure(model, policy)])
 
     async def _write_attempt(self, observed: Observed, action: WriteAttempt) -> None:
         record = _record(observed, action.gang)
         if record is not None:
             body = configmap.build(observed.model, of_gang(record, action.attempt))
-            await self._attempts.ensure(owned_by(record.name, record.uid, body))
+            await self._attempts.ensure(observed.model, owned_by(record.name, record.uid, body))
 
     async def _delete_gang(self, observed: Observed, action: DeleteGang) -> None:
         """Its other children go with the StatefulSet, which owns them."""

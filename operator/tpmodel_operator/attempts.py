@@ -7,7 +7,9 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from tpmodel_operator import names
+from tpmodel_operator.api import TPModel
 from tpmodel_operator.kube import CONFIG_MAPS, ApiError, Json, Kube
+from tpmodel_operator.ownership import Ownership
 
 FRESH_SECONDS = 600
 """Only this program writes them; a hand that changed one is noticed after this long."""
@@ -25,13 +27,16 @@ class Known:
     """UID of the StatefulSet that it goes with."""
     version: str
     at: float
+    labelled: bool
+    """Whether it has this operator's labels: one of somebody else says nothing."""
 
 
 class Attempts:
     """All attempts that are known."""
 
-    def __init__(self, kube: Kube, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, kube: Kube, ownership: Ownership, clock: Callable[[], float] = time.monotonic) -> None:
         self._kube = kube
+        self._ownership = ownership
         self._clock = clock
         self._known: dict[Gang, Known] = {}
 
@@ -40,29 +45,31 @@ class Attempts:
         known = self._known.get((namespace, gang))
         if known is None or self._clock() - known.at > fresh_seconds:
             known = await self._read(namespace, gang)
-        return known.attempt if known else None
+        return known.attempt if known and known.labelled else None
 
-    async def ensure(self, body: Json) -> None:
-        """The gang's ConfigMap says at least what this one says."""
+    async def ensure(self, model: TPModel, body: Json) -> None:
+        """The gang's ConfigMap says at least what this one says; NameTakenError where somebody else has its name."""
         metadata = body["metadata"]
         gang = (metadata["namespace"], metadata["labels"][names.GANG_LABEL])
         wanted = int(body["data"][names.ATTEMPT_KEY])
         known = self._known.get(gang)
         try:
-            await self._raise(gang, body, wanted, known)
+            await self._raise(model, gang, body, wanted, known)
         except ApiError as error:
             if not (error.conflict or error.not_found):
                 raise
             # It is not as it was when it was last seen: read again, once.
-            await self._raise(gang, body, wanted, await self._read(*gang))
+            await self._raise(model, gang, body, wanted, await self._read(*gang))
 
     def keep(self, gangs: Set[Gang]) -> None:
         """Forgets all others."""
         self._known = {gang: known for gang, known in self._known.items() if gang in gangs}
 
-    async def _raise(self, gang: Gang, body: Json, wanted: int, known: Known | None) -> None:
+    async def _raise(self, model: TPModel, gang: Gang, body: Json, wanted: int, known: Known | None) -> None:
         if known is None:
             answer = await self._kube.create(CONFIG_MAPS, gang[0], body)
+        elif not known.labelled:
+            self._ownership.refuse(model, CONFIG_MAPS, body["metadata"]["name"])
         elif known.attempt < wanted or known.owner != _owner(body):
             # One of another owner is left over from an earlier gang of this name: adopted, or it would go with that.
             higher = {names.ATTEMPT_KEY: str(max(wanted, known.attempt))}
@@ -86,7 +93,9 @@ class Attempts:
     def _learn(self, item: Json) -> Known:
         text = item.get("data", {}).get(names.ATTEMPT_KEY, "")
         attempt = int(text) if text.isdecimal() else 0
-        return Known(attempt, _owner(item), item["metadata"]["resourceVersion"], self._clock())
+        metadata = item["metadata"]
+        labelled = metadata.get("labels", {}).get(names.MANAGED_BY) == names.MANAGED_BY_VALUE
+        return Known(attempt, _owner(item), metadata["resourceVersion"], self._clock(), labelled)
 
 
 def _owner(item: Json) -> str:

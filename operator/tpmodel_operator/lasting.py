@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable, Set
-from typing import TypeVar
+from collections.abc import Callable, Set
 
 from tpmodel_operator.actions import EnsureModelChildren
 from tpmodel_operator.api import TPModel
@@ -16,12 +14,15 @@ from tpmodel_operator.kube import (
     NETWORK_POLICIES,
     SERVICE_ACCOUNTS,
     SERVICES,
+    ApiError,
     Json,
     Kube,
     Resource,
 )
+from tpmodel_operator.ownership import is_own
 from tpmodel_operator.resources import model_children
 from tpmodel_operator.settings import OperatorSettings
+from tpmodel_operator.waiting import all_of
 
 REPAIR_SECONDS = 1800.0
 """What somebody else changed or deleted is put right after this long at the latest."""
@@ -70,8 +71,18 @@ class LastingChildren:
         if self._is_due(model, child, NONE_WANTED):
             # Without a status nothing has been made for the model yet.
             if model.status.observed_generation:
-                await self._kube.discard(resource, model.namespace, name)
+                await self._remove_own(model, resource, name)
             self._note(model, child, NONE_WANTED)
+
+    async def _remove_own(self, model: TPModel, resource: Resource, name: str) -> None:
+        try:
+            item = await self._kube.get(resource, model.namespace, name)
+        except ApiError as error:
+            if not error.not_found:
+                raise
+            return
+        if is_own(item, model):
+            await self._kube.discard(resource, model.namespace, name, uid=item["metadata"]["uid"])
 
     def _is_due(self, model: TPModel, child: Child, digest: str) -> bool:
         applied, at = self._applied.get(model.uid, {}).get(child, ("", 0.0))
@@ -79,15 +90,3 @@ class LastingChildren:
 
     def _note(self, model: TPModel, child: Child, digest: str) -> None:
         self._applied.setdefault(model.uid, {})[child] = (digest, self._clock())
-
-
-T = TypeVar("T")
-
-
-async def all_of(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """Runs all side by side to their ends; then the first failure is raised, if there was one."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]

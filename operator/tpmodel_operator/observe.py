@@ -12,11 +12,12 @@ from tpmodel_operator import defaults, records
 from tpmodel_operator.api import TPModel
 from tpmodel_operator.attempts import FRESH_SECONDS, Attempts
 from tpmodel_operator.kube import CLAIMS, NODES, ApiError, Kube
-from tpmodel_operator.lasting import all_of
 from tpmodel_operator.observed import GangReport, NodeRecord, Observed, PodRecord, StatefulSetRecord
+from tpmodel_operator.ownership import Ownership
 from tpmodel_operator.queue import Key
 from tpmodel_operator.store import Store
 from tpmodel_operator.tokens import WAITING_CHECK_SECONDS, Tokens
+from tpmodel_operator.waiting import all_of
 
 NODE_FRESH_SECONDS = 2.0
 """A node that fails takes many pods: one look serves all their models."""
@@ -57,6 +58,7 @@ class Observer:
         stateful_sets: Store[StatefulSetRecord],
         attempts: Attempts,
         tokens: Tokens,
+        ownership: Ownership,
         reports: Callable[[Key], Mapping[str, GangReport]],
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -65,6 +67,7 @@ class Observer:
         self._stateful_sets = stateful_sets
         self._attempts = attempts
         self._tokens = tokens
+        self._ownership = ownership
         self._reports = reports
         self._now = now
         self._nodes: Remembered[NodeRecord] = Remembered(NODE_FRESH_SECONDS)
@@ -75,11 +78,12 @@ class Observer:
         key = Key(model.namespace, model.name)
         pods = self._pods.of(key)
         stateful_sets = self._stateful_sets.of(key)
-        nodes, attempts, volumes, missing = await asyncio.gather(
+        nodes, attempts, volumes, missing, conflicts = await asyncio.gather(
             self._read_nodes(pod.node for pod in pods if pod.deleting_since and pod.node),
             self._read_attempts(stateful_sets, pods),
             self._read_claims(model),
             self._tokens.missing(model, stateful_sets, pods),
+            self._ownership.conflicts(model),
         )
         return Observed(
             model=model,
@@ -92,6 +96,7 @@ class Observer:
             reports=dict(self._reports(key)),
             volumes=volumes,
             tokens_missing=missing,
+            conflicts=conflicts,
         )
 
     async def _read_nodes(self, names: Iterable[str]) -> dict[str, NodeRecord]:

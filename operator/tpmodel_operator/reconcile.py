@@ -21,6 +21,7 @@ from tpmodel_operator.metrics import Metrics
 from tpmodel_operator.models import ModelStore, identity
 from tpmodel_operator.observe import Observer
 from tpmodel_operator.observed import Observed
+from tpmodel_operator.ownership import NameTakenError
 from tpmodel_operator.posting import EventPoster
 from tpmodel_operator.queue import Key, Turn
 from tpmodel_operator.records import UnreadableModelError
@@ -85,7 +86,10 @@ class Reconciler:
         if not await self._write_status(known, decision.status):
             return 0.0
         await self._applier.restore_tokens(observed)
-        deleted = await self._applier.apply(observed, decision.actions)
+        try:
+            deleted = await self._applier.apply(observed, decision.actions)
+        except NameTakenError:
+            return 0.0  # the next pass sees it, and tells the user
         if deleted and turn.event is not None:
             self._metrics.restart_reaction.observe(time.monotonic() - turn.event)
         self._history.learn(observed, decision.status)

@@ -20,6 +20,7 @@ from tpmodel_operator.metrics import Metrics
 from tpmodel_operator.models import ModelStore
 from tpmodel_operator.observe import Observer
 from tpmodel_operator.observed import PodRecord, StatefulSetRecord
+from tpmodel_operator.ownership import Ownership
 from tpmodel_operator.posting import EventPoster
 from tpmodel_operator.probes import Health, finished
 from tpmodel_operator.queue import Key, Urgency, WorkQueue, work
@@ -67,7 +68,8 @@ class Runtime:
         self._models = ModelStore()
         self._pods: Store[PodRecord] = Store()
         self._stateful_sets: Store[StatefulSetRecord] = Store()
-        self._attempts = Attempts(kube)
+        self._ownership = Ownership(kube)
+        self._attempts = Attempts(kube, self._ownership)
         self._tokens = Tokens(kube)
         self._lasting = LastingChildren(kube, settings)
         self._reports = GangReports(self._pods, changed=self._queue.add)
@@ -92,9 +94,17 @@ class Runtime:
                 stateful_sets=self._stateful_sets,
                 attempts=self._attempts,
                 tokens=self._tokens,
+                ownership=self._ownership,
                 reports=self._reports.of,
             ),
-            applier=Applier(kube, attempts=self._attempts, tokens=self._tokens, lasting=self._lasting, permit=permit),
+            applier=Applier(
+                kube,
+                attempts=self._attempts,
+                tokens=self._tokens,
+                lasting=self._lasting,
+                ownership=self._ownership,
+                permit=permit,
+            ),
             events=self._events,
             settings=settings,
             metrics=metrics,
@@ -202,6 +212,7 @@ class Runtime:
             self._attempts.keep({(record.namespace, record.name) for record in sets})
             self._tokens.keep({record.uid for record in sets})
             self._lasting.keep(self._models.uids())
+            self._ownership.keep(self._models.uids())
 
     # ---------------------------------------------------------------------------------------------------- tasks
 

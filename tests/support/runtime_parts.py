@@ -19,6 +19,7 @@ from tpmodel_operator.metrics import Metrics
 from tpmodel_operator.models import ModelStore
 from tpmodel_operator.observe import Observer
 from tpmodel_operator.observed import GangReport, PodRecord, StatefulSetRecord
+from tpmodel_operator.ownership import Ownership
 from tpmodel_operator.posting import EventPoster
 from tpmodel_operator.queue import Key, Turn
 from tpmodel_operator.reconcile import Reconciler
@@ -50,7 +51,8 @@ class Parts:
         self.models = ModelStore()
         self.pods: Store[PodRecord] = Store()
         self.stateful_sets: Store[StatefulSetRecord] = Store()
-        self.attempts = Attempts(kube, self.clock)
+        self.ownership = Ownership(kube, self.clock)
+        self.attempts = Attempts(kube, self.ownership, self.clock)
         self.tokens = Tokens(kube, self.clock)
         self.lasting = LastingChildren(kube, self.settings, self.clock)
         self.reports: dict[str, GangReport] = {}
@@ -61,11 +63,17 @@ class Parts:
             stateful_sets=self.stateful_sets,
             attempts=self.attempts,
             tokens=self.tokens,
+            ownership=self.ownership,
             reports=self._reports,
             now=lambda: NOW,
         )
         self.applier = Applier(
-            kube, attempts=self.attempts, tokens=self.tokens, lasting=self.lasting, permit=self._permit
+            kube,
+            attempts=self.attempts,
+            tokens=self.tokens,
+            lasting=self.lasting,
+            ownership=self.ownership,
+            permit=self._permit,
         )
         self.events = EventPoster(kube, instance="test", now=lambda: START)
         self.reconciler = Reconciler(
