@@ -1,13 +1,14 @@
 """Ranks without a model, as real processes: forked from a process that has torch, like a pod's ranks.
 
 `python -m support.rank_processes` is that process. It reads one JSON object per line: which scenario
-(a function in support.rank_scenarios) every rank runs, with which arguments. It writes one per line:
-which pid a rank has, and what its scenario returned or raised.
+(a function in support.rank_scenarios, or another module of support) every rank runs, with which arguments.
+It writes one per line: which pid a rank has, and what its scenario returned or raised.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import queue
@@ -26,11 +27,12 @@ RESULT_SECONDS = 60.0
 class RankProcesses:
     """The parent's end; a context manager that leaves no process behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, scenarios: str = "rank_scenarios") -> None:
+        """scenarios: the module of support that has them."""
         paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.rank_processes"],
+            [sys.executable, "-m", "support.rank_processes", scenarios],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -112,8 +114,7 @@ class RankProcesses:
 
 
 def _main() -> None:
-    from support import rank_scenarios
-
+    scenarios = importlib.import_module(f"support.{sys.argv[1]}")
     lock = threading.Lock()
 
     def say(**values: Any) -> None:
@@ -135,7 +136,7 @@ def _main() -> None:
             os.close(reader)
             result: dict[str, Any]
             try:
-                result = {"value": getattr(rank_scenarios, order["scenario"])(**order["arguments"])}
+                result = {"value": getattr(scenarios, order["scenario"])(**order["arguments"])}
             except Exception as error:  # noqa: BLE001 (the test judges it)
                 result = {"error": type(error).__name__, "message": str(error)}
             os.write(writer, json.dumps(result).encode())

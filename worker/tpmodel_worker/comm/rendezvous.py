@@ -25,8 +25,8 @@ _STORE_TIMEOUT = timedelta(seconds=60)
 logger = logging.getLogger(__name__)
 
 
-def start_store(address: str) -> TCPStore:
-    """A store server that listens on one address only, at a port that the kernel chose.
+def start_store(address: str, port: int = 0) -> TCPStore:
+    """A store server that listens on one address only; port 0: one that the kernel chose.
 
     Raises:
         CommunicatorError: the address can't be listened on.
@@ -34,7 +34,9 @@ def start_store(address: str) -> TCPStore:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        listener.bind((address, 0))
+        # A port that was asked for may have connections of an earlier store that linger.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
         listener.listen(_BACKLOG)
         # The store takes the descriptor over.
         return TCPStore(

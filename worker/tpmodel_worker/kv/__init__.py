@@ -1,0 +1,1 @@
+"""The KV pipe: tensors from one gang's rank into another's."""

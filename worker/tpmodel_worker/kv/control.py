@@ -1,0 +1,173 @@
+"""A pipe direction's control connection: whole frames with deadlines, between two who know the token."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import secrets
+import socket
+import time
+from collections.abc import Callable
+
+from tpmodel_worker.kv.errors import KvPipeClosedError, KvPipeError, KvPipeTimeoutError
+
+NONCE_BYTES = 32
+PROOF_BYTES = 32
+_HANDSHAKE_SECONDS = 2.0
+"""How long a stranger may keep the listener busy."""
+_RETRY_SECONDS = 0.02
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+
+
+class ControlConnection:
+    """One TCP connection. read by one thread, written by one thread, shut down by any."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Takes the socket over."""
+        self._socket = connection
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A peer whose host is gone is noticed while nothing is said.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def read(self, size: int, seconds: float, *, idle: bool = False) -> bytes:
+        """Exactly size bytes. idle: the first one may take as long as it likes.
+
+        Raises:
+            KvPipeTimeoutError: they did not come within seconds.
+            KvPipeClosedError: the connection has ended.
+        """
+        data = bytearray()
+        deadline = time.monotonic() + seconds
+        while len(data) < size:
+            waits_for_ever = idle and not data
+            try:
+                self._socket.settimeout(None if waits_for_ever else max(deadline - time.monotonic(), 0.001))
+                part = self._socket.recv(size - len(data))
+            except TimeoutError as error:
+                raise KvPipeTimeoutError(f"the peer said nothing for {seconds:g} s") from error
+            except OSError as error:
+                raise KvPipeClosedError(f"the connection has ended: {error}") from error
+            if not part:
+                raise KvPipeClosedError("the peer closed the connection")
+            if waits_for_ever:
+                deadline = time.monotonic() + seconds
+            data += part
+        return bytes(data)
+
+    def write(self, data: bytes, seconds: float) -> None:
+        """Sends everything. Raises as read."""
+        try:
+            self._socket.settimeout(seconds)
+            self._socket.sendall(data)
+        except TimeoutError as error:
+            raise KvPipeTimeoutError(f"the peer took nothing for {seconds:g} s") from error
+        except OSError as error:
+            raise KvPipeClosedError(f"the connection has ended: {error}") from error
+
+    def shut_down(self) -> None:
+        """Ends the connection, and every read and write on it. From any thread; idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Gives the descriptor back, once nobody reads or writes. Idempotent."""
+        self.shut_down()
+        self._socket.close()
+
+
+class ControlListener:
+    """Where a receiver waits for its sender, on one address alone."""
+
+    def __init__(self, address: str) -> None:
+        """Raises KvPipeError when the address can't be listened on."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.bind((address, 0))
+            self._socket.listen(8)
+        except OSError as error:
+            self._socket.close()
+            raise KvPipeError(f"{address} can't be listened on: {error}") from error
+        self.port: int = self._socket.getsockname()[1]
+
+    def accept(self, token: str, purpose: str, remaining: Callable[[], float]) -> ControlConnection:
+        """The first connection whose other side knows the token; all others are closed.
+
+        remaining: seconds until the deadline; raises once it is over.
+        """
+        while True:
+            self._socket.settimeout(remaining())
+            try:
+                raw, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise KvPipeError(f"the listener was closed: {error}") from error
+            connection = ControlConnection(raw)
+            try:
+                _prove_as_server(connection, token, purpose)
+            except KvPipeError:
+                connection.close()
+                continue
+            return connection
+
+    def close(self) -> None:
+        """Idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def connect(host: str, port: int, *, own_address: str, token: str, purpose: str, seconds: float) -> ControlConnection:
+    """Connects from own_address and proves both sides to each other.
+
+    Raises:
+        KvPipeError: nobody listens, or who does has another token.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            raw = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.001), (own_address, 0))
+            break
+        except OSError as error:
+            if time.monotonic() + _RETRY_SECONDS >= deadline:
+                raise KvPipeError(f"no connection to {host} port {port}: {error}") from error
+            time.sleep(_RETRY_SECONDS)
+    connection = ControlConnection(raw)
+    try:
+        _prove_as_client(connection, token, purpose, max(deadline - time.monotonic(), 0.001))
+    except KvPipeError as error:
+        connection.close()
+        raise KvPipeError(f"{host} port {port}: the token was not accepted, or it is not a pipe: {error}") from error
+    return connection
+
+
+def make_proof(token: str, role: str, purpose: str, *nonces: bytes) -> bytes:
+    """PROOF_BYTES bytes that only somebody with the token can make for these nonces."""
+    message = f"tpmodel kv pipe\n{role}\n{purpose}\n".encode() + b"".join(nonces)
+    return hmac.new(token.encode(), message, hashlib.sha256).digest()
+
+
+def check_proof(given: bytes, expected: bytes) -> None:
+    """Raises KvPipeError unless they are equal; compares in constant time."""
+    if not hmac.compare_digest(given, expected):
+        raise KvPipeError("the peer has another token")
+
+
+def _prove_as_server(connection: ControlConnection, token: str, purpose: str) -> None:
+    own = secrets.token_bytes(NONCE_BYTES)
+    connection.write(own, _HANDSHAKE_SECONDS)
+    answer = connection.read(NONCE_BYTES + PROOF_BYTES, _HANDSHAKE_SECONDS)
+    others = answer[:NONCE_BYTES]
+    check_proof(answer[NONCE_BYTES:], make_proof(token, "sender", purpose, own, others))
+    connection.write(make_proof(token, "receiver", purpose, own, others), _HANDSHAKE_SECONDS)
+
+
+def _prove_as_client(connection: ControlConnection, token: str, purpose: str, seconds: float) -> None:
+    others = connection.read(NONCE_BYTES, seconds)
+    own = secrets.token_bytes(NONCE_BYTES)
+    connection.write(own + make_proof(token, "sender", purpose, others, own), seconds)
+    check_proof(connection.read(PROOF_BYTES, seconds), make_proof(token, "receiver", purpose, others, own))
