@@ -13,7 +13,7 @@ class Condition(StatusModel):
     """A metav1.Condition."""
 
     type: StatusText
-    """Accepted, Ready, Progressing, Degraded, Stalled, UpgradeAvailable or Reconciling."""
+    """Accepted, Ready, Progressing, Degraded, Stalled, UpgradeAvailable, Advice or Reconciling."""
     status: Literal["True", "False", "Unknown"]
     """Whether the condition holds."""
     reason: StatusText
@@ -160,8 +160,9 @@ class TPModelStatus(StatusModel):
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=keyed_by("type"))] = []
     """Accepted: the spec can be served. Ready: enough gangs take requests. Progressing: gangs are being made or
     replaced. Degraded: fewer gangs than wanted serve. Stalled: nothing will change without a change of the spec.
-    UpgradeAvailable: the operator's default image is newer than the one in use. Reconciling: there only while
-    Progressing is True, for tools that know it from elsewhere."""
+    UpgradeAvailable: the operator's default image is newer than the one in use. Advice: there only where no node
+    could hold a pod, with the value to write. Reconciling: there only while Progressing is True, for tools that know
+    it from elsewhere."""
     replicas: int = 0
     """Gangs that exist."""
     ready_replicas: int = 0

@@ -1,7 +1,7 @@
 """Conditions, as `kubectl wait`, Helm and other tools that know kstatus read them.
 
 Ready and Stalled say how it stands, Reconciling is there only while something is under way: with them a tool that
-knows nothing of gangs can tell whether to wait, to go on, or to give up.
+knows nothing of gangs can tell whether to wait, to go on, or to give up. Advice is there only while there is some.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ PROGRESSING = "Progressing"
 DEGRADED = "Degraded"
 STALLED = "Stalled"
 UPGRADE_AVAILABLE = "UpgradeAvailable"
+ADVICE = "Advice"
 RECONCILING = "Reconciling"
 
 LEAVING_PHASE = "Draining"
@@ -38,6 +39,7 @@ class Situation:
     rollout_stalled: bool = False
     image: str = ""
     newer_image: str = ""
+    advice: str = ""
 
     @property
     def ready(self) -> int:
@@ -85,6 +87,8 @@ def findings(situation: Situation) -> Iterator[Finding]:
     yield _degraded(situation)
     yield _stalled(situation)
     yield _upgrade(situation)
+    if situation.advice:
+        yield Finding(ADVICE, True, "NodesTooSmall", situation.advice)
     if progressing.holds:
         yield Finding(RECONCILING, True, progressing.reason, progressing.message)
 

@@ -45,6 +45,9 @@ def _rollout(before: TPModelStatus, after: TPModelStatus) -> Iterator[Event]:
     newer = _condition(after, conditions.UPGRADE_AVAILABLE)
     if newer is not None and newer.status == "True" and not _held(before, conditions.UPGRADE_AVAILABLE):
         yield _normal("UpgradeAvailable", newer.message)
+    advice = _condition(after, conditions.ADVICE)
+    if advice is not None and not _held(before, conditions.ADVICE):
+        yield _warning(advice.reason, advice.message)
 
 
 def _conditions(before: TPModelStatus, after: TPModelStatus) -> Iterator[Event]:

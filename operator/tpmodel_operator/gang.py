@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from tpmodel_operator import acceptance, disruption, events, images, life, names, rollout, status
+from tpmodel_operator import acceptance, advice, disruption, events, images, life, names, rollout, status
 from tpmodel_operator.actions import Action, Decision, DeleteGang, EnsureGang, EnsureModelChildren
 from tpmodel_operator.api import GangStatus, TPModel
 from tpmodel_operator.circumstances import Circumstances
@@ -106,6 +106,7 @@ def _accepted(observed: Observed, target: Target, turns: list[Turn], around: Cir
         revision=target.revision,
         image=target.image,
         newer_image=target.newer_image,
+        advice=advice.about_nodes(model.spec, observed.largest_node),
         gangs=tuple(turn.status for turn in turns if not turn.leaving),
         leaving=sum(turn.leaving for turn in turns),
     )

@@ -92,6 +92,11 @@ class ApiError(Exception):
         return self.status == 409
 
     @property
+    def forbidden(self) -> bool:
+        """This account may not do it."""
+        return self.status == 403
+
+    @property
     def gone(self) -> bool:
         """The resource version asked for is no longer known."""
         return self.status == 410

@@ -60,6 +60,10 @@ class ModelStore:
         """Of all TPModels."""
         return self._models.keys()
 
+    def readable(self) -> list[TPModel]:
+        """All TPModels whose spec can be read."""
+        return [model for model in self._models.values() if isinstance(model, TPModel)]
+
     def versions(self) -> Mapping[str, int]:
         """The resource version that the watch last brought, by UID: what the watch is judged by."""
         return dict(self._delivered)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
 from tpmodel_operator import defaults, records
-from tpmodel_operator.api import TPModel
+from tpmodel_operator.api import TPModel, TPModelSpec
 from tpmodel_operator.attempts import FRESH_SECONDS, Attempts
 from tpmodel_operator.kube import CLAIMS, NODES, ApiError, Kube
 from tpmodel_operator.observed import GangReport, NodeRecord, Observed, PodRecord, StatefulSetRecord
@@ -60,6 +60,7 @@ class Observer:
         tokens: Tokens,
         ownership: Ownership,
         reports: Callable[[Key], Mapping[str, GangReport]],
+        largest_node: Callable[[TPModelSpec], int | None],
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._kube = kube
@@ -69,6 +70,7 @@ class Observer:
         self._tokens = tokens
         self._ownership = ownership
         self._reports = reports
+        self._largest_node = largest_node
         self._now = now
         self._nodes: Remembered[NodeRecord] = Remembered(NODE_FRESH_SECONDS)
         self._claims: Remembered[tuple[str, ...]] = Remembered(CLAIM_FRESH_SECONDS)
@@ -96,6 +98,7 @@ class Observer:
             reports=dict(self._reports(key)),
             volumes=volumes,
             tokens_missing=missing,
+            largest_node=self._largest_node(model.spec),
             conflicts=conflicts,
         )
 
@@ -109,7 +112,8 @@ class Observer:
         try:
             node = records.node(await self._kube.get(NODES, None, name))
         except ApiError as error:
-            if error.not_found:
+            # Where nodes are not for this operator to read, all of them count as alive.
+            if error.not_found or error.forbidden:
                 return None
             raise
         self._nodes.put(("", name), node)

@@ -105,5 +105,7 @@ class Observed:
     tokens_missing: frozenset[str] = frozenset()
     """Gangs whose token Secret is gone though a container may have read it: one restart, cause TokenLost. The Secret
     is made again after the status is written and before the actions; while a restart is under way it says nothing."""
+    largest_node: int | None = None
+    """GPUs of the largest node that the spec's nodeSelector chooses, for advice; None: not known."""
     conflicts: tuple[str, ...] = ()
     """Children that cannot be made since an object of that name belongs to somebody else, such as "Service chat"."""

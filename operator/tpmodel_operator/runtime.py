@@ -18,6 +18,7 @@ from tpmodel_operator.kube import MODELS, PODS, STATEFUL_SETS, ApiError, Json, K
 from tpmodel_operator.lasting import LastingChildren
 from tpmodel_operator.metrics import Metrics
 from tpmodel_operator.models import ModelStore
+from tpmodel_operator.node_sizes import NodeSizes
 from tpmodel_operator.observe import Observer
 from tpmodel_operator.observed import PodRecord, StatefulSetRecord
 from tpmodel_operator.ownership import Ownership
@@ -73,6 +74,9 @@ class Runtime:
         self._tokens = Tokens(kube)
         self._lasting = LastingChildren(kube, settings)
         self._reports = GangReports(self._pods, changed=self._queue.add)
+        self._node_sizes = NodeSizes(
+            kube, models=self._models.readable, changed=self._queue.add, period=settings.resync_seconds
+        )
         self._events = EventPoster(kube, instance=settings.pod_name)
         self._namespaces = settings.watch_namespaces or (None,)
         self._watches = [
@@ -96,6 +100,7 @@ class Runtime:
                 tokens=self._tokens,
                 ownership=self._ownership,
                 reports=self._reports.of,
+                largest_node=self._node_sizes.largest,
             ),
             applier=Applier(
                 kube,
@@ -129,6 +134,7 @@ class Runtime:
         await self._unless_ended(asyncio.ensure_future(self._model_watch.started.wait()))
         self._start(self._audit.run(), "audit")
         self._start(self._reports.run(), "reports of gangs")
+        self._start(self._node_sizes.run(), "sizes of nodes")
         self._start(self._events.run(), "posting of Events")
         self._start(self._tidy(), "tidying")
         self._workers = [

@@ -66,7 +66,13 @@ class FakeKube:
         return copy.deepcopy(self._find(resource, namespace, name))
 
     async def list(
-        self, resource: Resource, namespace: str | None, *, selector: str = "", metadata_only: bool = False
+        self,
+        resource: Resource,
+        namespace: str | None,
+        *,
+        selector: str = "",
+        page: int = 0,
+        metadata_only: bool = False,
     ) -> AsyncIterator[Page]:
         self._enter("list", resource, "")
         found = [

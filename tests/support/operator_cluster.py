@@ -58,6 +58,7 @@ class Cluster:
     attempts: dict[str, int] = field(default_factory=dict)
     tokens_missing: set[str] = field(default_factory=set)
     volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    largest_node: int | None = None
     budget: int | None = None
     events: list[Event] = field(default_factory=list)
     deletions: list[DeletePod] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Cluster:
             attempts=dict(self.attempts),
             tokens_missing=frozenset(self.tokens_missing),
             volumes=self.volumes,
+            largest_node=self.largest_node,
         )
 
     def decide(self) -> Decision:

@@ -56,6 +56,7 @@ class Parts:
         self.tokens = Tokens(kube, self.clock)
         self.lasting = LastingChildren(kube, self.settings, self.clock)
         self.reports: dict[str, GangReport] = {}
+        self.largest_node: int | None = None
         self.permitted = True
         self.observer = Observer(
             kube,
@@ -65,6 +66,7 @@ class Parts:
             tokens=self.tokens,
             ownership=self.ownership,
             reports=self._reports,
+            largest_node=lambda spec: self.largest_node,
             now=lambda: NOW,
         )
         self.applier = Applier(

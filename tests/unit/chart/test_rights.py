@@ -26,7 +26,7 @@ ALLOWED = {
     "/persistentvolumeclaims": {"get"},
     "/events": {"get", "create", "patch"},
 }
-NODES = {"/nodes": {"get"}}
+NODES = {"/nodes": {"get", "list"}}
 LEASES = {"coordination.k8s.io/leases": {"create", "get", "update"}}
 
 
@@ -48,6 +48,16 @@ def test_restricted_to_namespaces_only_nodes_are_read_cluster_wide() -> None:
     assert granted(one(objects, "ClusterRole", CLUSTER)) == NODES
     roles = {role["metadata"]["namespace"]: granted(role) for role in of_kind(objects, "Role")}
     assert {name: roles[name] for name in "ab"} == {"a": ALLOWED, "b": ALLOWED}
+
+
+def test_nodes_can_be_left_out() -> None:
+    without = {"rbac": {"nodes": False}}
+    assert granted(one(rendered(without), "ClusterRole", CLUSTER)) == ALLOWED
+    restricted = rendered(without | {"watchNamespaces": ["a"]})
+    names = [
+        item["metadata"]["name"] for kind in ("ClusterRole", "ClusterRoleBinding") for item in of_kind(restricted, kind)
+    ]
+    assert CLUSTER not in names
 
 
 def test_every_binding_names_a_role_that_exists_and_the_operators_account() -> None:
