@@ -93,5 +93,6 @@ class ModelSource(Model):
     max_num_batched_tokens (2048): most tokens of one step. block_size (16): tokens in a block of the KV cache.
     kv_cache_memory: KV cache of each rank, such as 2Gi; left out: what is free. prefix_cache (true). queue_limit
     (1024): requests that may wait. api_processes (1): processes that face clients. communicator (auto, shared_memory,
-    gloo, nccl). step_deadline (5, on cpu 30): least seconds before a step counts as hung. dummy_seed: for
-    loadFormat dummy."""
+    gloo, nccl). step_deadline (5, on cpu 30): least seconds before a step counts as hung. respawn (fork): how
+    a dead rank is replaced; spare is fastest and keeps a CUDA context on every device of a pod, cold is slowest and
+    keeps nothing. dummy_seed: for loadFormat dummy."""

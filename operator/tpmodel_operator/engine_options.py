@@ -34,6 +34,7 @@ ENGINE_OPTIONS: dict[str, OptionShape] = {
     "api_processes": OptionShape("^([1-9]|[1-5][0-9]|6[0-4])$", "a whole number from 1 to 64"),
     "communicator": OptionShape("^(auto|shared_memory|gloo|nccl)$", "auto, shared_memory, gloo or nccl"),
     "step_deadline": _SECONDS,
+    "respawn": OptionShape("^(cold|fork|spare)$", "cold, fork or spare"),
     "dummy_seed": OptionShape("^[0-9]{1,18}$", "a whole number"),
 }
 

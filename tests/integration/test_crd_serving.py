@@ -41,6 +41,7 @@ def whole_spec() -> dict[str, Any]:
                 "api_processes": "64",
                 "communicator": "nccl",
                 "step_deadline": "30.5",
+                "respawn": "spare",
             },
         },
         "tensorParallelSize": 16,

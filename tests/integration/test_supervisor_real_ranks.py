@@ -41,8 +41,9 @@ class Ranks:
 
 
 @pytest.fixture
-def pod(tmp_path: Path) -> Iterator[Supervised]:
-    settings = stand_in_settings(tmp_path, runtime_dir=str(tmp_path))
+def pod(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Supervised]:
+    """Its ranks come about as the parameter says, or by default."""
+    settings = stand_in_settings(tmp_path, runtime_dir=str(tmp_path), respawn=getattr(request, "param", "fork"))
     pod = Supervised(tmp_path, settings, real_ranks=True)
     pod.steer(phase="LOADING", instance="engine")
     pod.start()
@@ -54,6 +55,12 @@ def pod(tmp_path: Path) -> Iterator[Supervised]:
 
 def new_world(pod: Supervised, epoch: int) -> World:
     return World(cast("RankGang", Ranks(pod)), epoch)
+
+
+def spare_of(pod: Supervised) -> int:
+    """The pid of the spare, once it is ready."""
+    ready = lambda: [p.pid for p in pod.gang_status().processes if (p.name, p.state) == ("spare", "running")]  # noqa: E731
+    return pod.eventually(ready, "a spare")[0]
 
 
 async def generate(world: World) -> list[int]:
@@ -74,10 +81,12 @@ async def generate(world: World) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize("pod", ["fork", "spare", "cold"], indirect=True)
 async def test_a_respawned_rank_serves_from_the_memory_that_the_supervisor_held(
     pod: Supervised, tmp_path: Path
 ) -> None:
-    """SIGKILL of a rank: its successor is forked, maps the arena and opens no file, since there is none any more."""
+    """SIGKILL of a rank: its successor, whatever its kind, maps the arena and opens no file, since there is none any
+    more."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", num_hidden_layers=2)
     load = pb.LoadDenseShardRequest(
         model_id="test",
@@ -95,6 +104,7 @@ async def test_a_respawned_rank_serves_from_the_memory_that_the_supervisor_held(
     tokens = await generate(world)
     victim = pod.pid_of("rank 1")
     survivor = pod.pid_of("rank 0")
+    waiting = spare_of(pod) if pod.settings.respawn == "spare" else None
     os.kill(victim, signal.SIGKILL)
     await world.sessions[0].abort()
     await world.close()
@@ -111,6 +121,7 @@ async def test_a_respawned_rank_serves_from_the_memory_that_the_supervisor_held(
     await world.close()
     assert pod.pid_of("rank 0") == survivor
     assert started.pid != victim
+    assert waiting in (None, started.pid)
     for before, after in zip(loaded, again, strict=True):
         assert not before.load_dense_shard_ok.mapped
         assert after.load_dense_shard_ok.mapped

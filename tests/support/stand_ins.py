@@ -3,7 +3,8 @@
 All are steered by files in $STAND_INS: `phase` (the phase that the engine reports once its ranks are registered),
 `failure` (JSON {exit_code, cause}: the engine reports that it failed), `instance`, `drain_seconds`, `engine_exit_code`,
 `crashes_of_rank_N` (how many more of rank N's processes end by SIGSEGV at their start), `exit_code_of_rank_N`,
-`script_of_rank_N` (JSON list of steps), `api_exit_code`. What they see goes to `events`, one JSON object per line.
+`script_of_rank_N` (JSON list of steps), `crashes_of_spare`, `spare_bytes`, `api_exit_code`. What they see goes to
+`events`, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -59,6 +60,20 @@ def run_rendezvous(settings: ServeSettings) -> None:
     with ArenaClient(settings.rank_socket) as supervisor:
         supervisor.hello(RENDEZVOUS_RANK, os.getpid(), 4000)
         supervisor.wait_until_closed()
+
+
+def run_spare(settings: ServeSettings) -> int:
+    """Says that it is ready, holding `spare_bytes` of device memory, and becomes the rank that it is told to be."""
+    crashes = int(_read("crashes_of_spare", "0"))
+    if crashes:
+        _write("crashes_of_spare", str(crashes - 1))
+        os.kill(os.getpid(), signal.SIGSEGV)
+    note(what="spare", parent=os.getppid(), grpc="grpc" in sys.modules)
+    sys.stderr.write("a spare speaks on stderr\n")
+    sys.stderr.flush()
+    with ArenaClient(settings.rank_socket) as supervisor:
+        rank = supervisor.await_promotion(int(_read("spare_bytes", "0")))
+    return 0 if rank is None else run_rank(settings, rank)
 
 
 def run_rank(settings: ServeSettings, rank: int) -> int:

@@ -78,6 +78,7 @@ def program() -> None:
         entries = dataclasses.replace(
             entries,
             rank="support.stand_ins:run_rank",
+            spare="support.stand_ins:run_spare",
             rendezvous="support.stand_ins:run_rendezvous",
             preload=("support.stand_ins",),
         )

@@ -47,6 +47,9 @@ class ServeSettings:
     communicator: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
     recovery_mode: Literal["Restart"] = "Restart"
     """What a fault of the serving world does: every pod ends with 75, and the gang is started again."""
+    respawn: Literal["cold", "fork", "spare"] = "fork"
+    """How a rank's process comes about: cold by a new interpreter, fork from one that has imported torch, spare by
+    promoting a process that was forked ahead and, on CUDA, has a context on every device of its pod."""
     attempt: int = 1
     pod_uid: str = "local"
     pod_name: str = "local"

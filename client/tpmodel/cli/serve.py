@@ -60,6 +60,10 @@ class ByteSize(click.ParamType):
 @click.option("--communicator", type=click.Choice(["auto", "shared_memory", "gloo", "nccl"]), default="auto")
 @click.option("--api-processes", type=click.IntRange(min=1, max=64), default=1, show_default=True)
 @click.option("--api-key", default=None, help="Clients must send it; default: $TPMODEL_API_KEY.")
+@click.option("--respawn", type=click.Choice(["cold", "fork", "spare"]), default="fork", show_default=True,
+              help="A rank's new process: a new interpreter, a fork, or a process that waits for it.")  # fmt: skip
+@click.option("--step-deadline", type=click.FloatRange(min=0), default=0.0,
+              help="Least seconds before a step counts as hung; default: 5, on CPU 30.")  # fmt: skip
 @click.option("--drain-timeout", type=float, default=120.0, show_default=True, help="Seconds for streams to finish.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True)
 @click.option("--runtime-dir", type=click.Path(exists=True, file_okay=False), default=None,
@@ -119,6 +123,8 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         health_port=options["health_port"],
         metrics_port=options["metrics_port"],
         api_processes=options["api_processes"],
+        respawn=options["respawn"],
+        step_deadline=options["step_deadline"],
         api_key=options["api_key"] or os.environ.get("TPMODEL_API_KEY", ""),
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],

@@ -62,6 +62,11 @@ def _lines(reply: worker_pb2.GangStatusResponse) -> list[str]:
         ["PROCESS", "STATE", "PID", "PORT", "RESTARTS"],
         [[p.name, p.state, str(p.pid), str(p.port or "-"), str(p.restarts)] for p in reply.processes],
     )
+    lines += [
+        f"{process.name} (pid {process.pid}): holds {process.device_bytes / 2**20:.0f} MiB of device memory"
+        for process in reply.processes
+        if process.device_bytes
+    ]
     for fault in engine.last_faults:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.unix_seconds))
         lines.append(f"fault at {when}, epoch {fault.epoch}: {fault.kind}: {fault.message}")

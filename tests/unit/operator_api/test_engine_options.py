@@ -16,6 +16,7 @@ CANDIDATES = [
     *("", "0", "1", "2", "9", "15", "16", "17", "64", "65", "255", "256", "257", "999999999", "-1", "+1", " 1", "1 "),
     *("1.5", "30.25", "1e3", "0x10", "true", "false", "True", "yes", "auto", "nccl", "gloo", "shared_memory", "mpi"),
     *("500M", "2Gi", "2.5Gi", "1T", "2 GB", "many", "Gi", "123456789012345678"),
+    *("cold", "fork", "spare"),
 ]
 NOBODY_MISSES = {"+1", " 1", "1 ", "1e3", "2 GB", "", "999999999", "123456789012345678"}
 """Spellings that Python's numbers also take, deadlines of decades, caches of petabytes."""
@@ -54,7 +55,7 @@ def test_the_defaults_that_users_read_are_the_workers() -> None:
     described = ModelSource.model_fields["engine_options"].description or ""
     defaults = {name: value for name, value in re.findall(r"(\w+) \((\w+)\)", described) if name in ENGINE_OPTIONS}
     settings = ServeSettings(model_path="", model_id="", served_name="")
-    assert len(defaults) == 5
+    assert len(defaults) == 6
     assert {name: str(getattr(settings, name)).lower().removesuffix(".0") for name in defaults} == defaults
 
 

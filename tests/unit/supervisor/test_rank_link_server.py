@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from tpmodel.v1 import pod_pb2, worker_pb2
+from tpmodel_worker.arenas.identity import SPARE_RANK
 from tpmodel_worker.framing import receive_message, send_message
 from tpmodel_worker.supervisor.memory import MemoryHolder
-from tpmodel_worker.supervisor.processes import Process, ProcessTable
+from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTable
 from tpmodel_worker.supervisor.rank_link import RankLinkServer
 
 
@@ -27,7 +28,14 @@ class Link:
         self.memory = MemoryHolder()
         self.instance = "engine-1"
         self.hellos: list[tuple[int, int, int]] = []
-        self.server = RankLinkServer(self.path, self.memory, instance_id=self._instance_id, on_hello=self._note_hello)
+        self.spares: list[tuple[int, int]] = []
+        self.server = RankLinkServer(
+            self.path,
+            self.memory,
+            instance_id=self._instance_id,
+            on_hello=self._note_hello,
+            on_spare=lambda process, held: self.spares.append((process.pid, held)),
+        )
 
     async def _instance_id(self) -> str:
         return self.instance
@@ -208,3 +216,64 @@ time.sleep(30)
     ended = await asyncio.wait_for(process.ended(), 15)
 
     assert ended.signal == 9
+
+
+def await_promotion() -> pod_pb2.RankLinkRequest:
+    return pod_pb2.RankLinkRequest(id=5, await_promotion=pod_pb2.AwaitPromotionRequest(device_bytes=512))
+
+
+async def wait_for_spare(link: Link) -> None:
+    async with asyncio.timeout(10):
+        while not link.spares:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_spare_is_answered_once_it_is_promoted_and_then_speaks_for_its_rank(link: Link) -> None:
+    process = Process("spare", os.getpid(), [], lambda: 0)
+    await link.server.expect(SPARE_RANK, process)
+    waiting = asyncio.create_task(link.call(await_promotion()))
+    await wait_for_spare(link)
+    assert link.spares == [(os.getpid(), 512)]
+    assert not waiting.done()
+
+    await link.server.promote(process, 1)
+
+    answer = await waiting
+    assert answer is not None
+    assert answer[0].promoted_to == 1
+    hello = pod_pb2.RankHello(rank=1, pid=os.getpid(), port=7)
+    assert await link.error(pod_pb2.RankLinkRequest(id=1, hello=hello)) == ""
+    assert link.hellos == [(1, os.getpid(), 7)]
+
+
+@pytest.mark.parametrize("rank", [1, SPARE_RANK])
+async def test_a_spare_may_say_and_touch_nothing_before_its_promotion(link: Link, rank: int) -> None:
+    await link.expect_self(SPARE_RANK)
+    refusal = "a spare may only wait for its promotion"
+    hello = pod_pb2.RankHello(rank=rank, pid=os.getpid(), port=7)
+    assert await link.error(pod_pb2.RankLinkRequest(id=1, hello=hello)) == refusal
+    descriptor = os.memfd_create("arena")
+    try:
+        os.ftruncate(descriptor, 8)
+        assert await link.error(store(rank), (descriptor,)) == refusal
+    finally:
+        os.close(descriptor)
+    assert (link.hellos, link.memory.manifests) == ([], [])
+
+
+async def test_a_rank_cannot_wait_for_a_promotion(link: Link) -> None:
+    await link.expect_self(1)
+    assert await link.error(await_promotion()) == "unknown request"
+
+
+async def test_a_spare_whose_process_has_ended_gets_no_answer(link: Link) -> None:
+    process = Process("spare", os.getpid(), [], lambda: 0)
+    await link.server.expect(SPARE_RANK, process)
+    waiting = asyncio.create_task(link.call(await_promotion()))
+    await wait_for_spare(link)
+
+    process.exited.set_result(ProcessExit("spare", os.getpid(), None, 9))
+
+    assert await waiting is None
+    await link.server.promote(process, 1)
+    assert link.hellos == []

@@ -183,6 +183,7 @@ def _refusal(run: Callable[[], object]) -> None:
         ("prefix_cache=true", {"prefix_cache": True}),
         ("communicator=gloo", {"communicator": "gloo"}),
         ("step_deadline=7.5", {"step_deadline": 7.5}),
+        ("respawn=spare", {"respawn": "spare"}),
         ("dummy_seed=0", {"dummy_seed": 0}),
     ],
 )
@@ -193,7 +194,7 @@ def test_engine_options_are_read(given: str, values: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "given",
     ["max_num_seqs=0", "max_num_seqs=many", "block_size=257", "kv_cache_memory=lots", "prefix_cache=yes",
-     "communicator=mpi", "step_deadline=0", "step_deadline=nan", "api_processes=65", "max_num_seqs"],
+     "communicator=mpi", "step_deadline=0", "step_deadline=nan", "api_processes=65", "respawn=never", "max_num_seqs"],
 )  # fmt: skip
 def test_an_engine_option_with_another_value_is_refused_with_what_to_write(given: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"--engine-option {given}: write \w+"):

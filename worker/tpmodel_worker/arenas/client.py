@@ -105,6 +105,21 @@ class ArenaClient:
         """The rank has left the epoch."""
         self._call(pod_pb2.RankLinkRequest(abort_done=pod_pb2.AbortDone(epoch=epoch)))
 
+    def await_promotion(self, device_bytes: int) -> int | None:
+        """A spare says that it is ready and waits for the rank that it is to become; None: the supervisor is gone.
+
+        device_bytes: device memory that its contexts hold.
+        """
+        request = pod_pb2.RankLinkRequest(await_promotion=pod_pb2.AwaitPromotionRequest(device_bytes=device_bytes))
+        self._socket.settimeout(None)
+        try:
+            response = self._call(request)
+        except ArenaLinkError:
+            return None
+        finally:
+            self._socket.settimeout(self._timeout)
+        return response.promoted_to
+
     def wait_until_closed(self) -> None:
         """Returns when the supervisor has closed the link or is gone; for processes that live as long as it."""
         poll = select.poll()

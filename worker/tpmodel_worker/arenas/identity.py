@@ -11,6 +11,8 @@ ArenaKind = Literal["weights", "kv", "comm"]
 
 RENDEZVOUS_RANK = 0xFFFF_FFFF
 """Stands in the rank field of the hello that the rendezvous process sends."""
+SPARE_RANK = 0xFFFF_FFFE
+"""Stands for a spare, which has no rank yet."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

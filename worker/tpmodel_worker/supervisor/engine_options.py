@@ -73,6 +73,7 @@ _OPTIONS: Mapping[str, _Option] = MappingProxyType(
         "api_processes": _Option("api_processes", _count(1, 64), "a whole number from 1 to 64"),
         "communicator": _Option("communicator", _choice(*_COMMUNICATORS), "auto, shared_memory, gloo or nccl"),
         "step_deadline": _Option("step_deadline", _seconds, "seconds, such as 30"),
+        "respawn": _Option("respawn", _choice("cold", "fork", "spare"), "cold, fork or spare"),
         "dummy_seed": _Option("dummy_seed", _count(0, 2**63 - 1), "a whole number"),
     }
 )

@@ -16,7 +16,9 @@ class EntryPoints:
     """Command; `--settings-file FILE --index I` is appended."""
     rank: str = "tpmodel_worker.rank.main:run_rank"
     """module:function, called with the settings and the rank in a forked process."""
+    spare: str = "tpmodel_worker.rank.spare:run_spare"
+    """module:function, called with the settings in a forked process that may become a rank."""
     rendezvous: str = "tpmodel_worker.comm.rendezvous:run_rendezvous"
     """module:function, called with the settings in a forked process."""
-    preload: tuple[str, ...] = ("torch", "triton?", "tpmodel_worker.rank.main", "tpmodel_worker.comm.rendezvous")
+    preload: tuple[str, ...] = ("torch", "triton?", "tpmodel_worker.rank.spare", "tpmodel_worker.comm.rendezvous")
     """What the fork server imports; "?" marks what may be absent."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from tpmodel.v1 import pod_pb2
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.channel import DescriptorChannel
-from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTable
+from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessStartError, ProcessTable
 
 NAME = "fork server"
 # Importing torch from a slow network disk.
@@ -21,7 +21,7 @@ _START_SECONDS = 180.0
 _FORK_SECONDS = 30.0
 
 
-class ForkServerError(Exception):
+class ForkServerError(ProcessStartError):
     """The fork server could not be started, or could not fork."""
 
 
@@ -91,7 +91,7 @@ class ForkServer:
             await self._table.kill_orphans()
         return ending
 
-    async def fork(self, role: str, name: str, *, rank: int = 0) -> Process:
+    async def new_process(self, role: str, name: str, *, rank: int = 0) -> Process:
         """Forks a process; waits for the fork server where it is being started.
 
         Args:

@@ -14,19 +14,16 @@ import gc
 import importlib
 import importlib.util
 import os
-import signal
 import socket
 import struct
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tpmodel.v1 import pod_pb2
-from tpmodel_worker import logs
 from tpmodel_worker.framing import receive_message, send_message
-from tpmodel_worker.settings import ServeSettings
+from tpmodel_worker.supervisor.entry import run_entry
 from tpmodel_worker.supervisor.linux import ParentGoneError, die_with_parent, set_process_name, thread_count
 
 _PID = struct.Struct("<i")
@@ -87,34 +84,15 @@ def fork_orphan(run: Callable[[], int]) -> int:
 
 def run_child(entry: str, request: pod_pb2.ForkRequest, supervisor: int, output: Sequence[int]) -> int:
     """The life of a forked child: binds it to the supervisor, then runs `module:function`; its exit code."""
+    # First, so that whatever follows is labelled and seen.
+    os.dup2(output[0], sys.stdout.fileno())
+    os.dup2(output[1], sys.stderr.fileno())
+    os.closerange(_FIRST_INHERITED_DESCRIPTOR, os.sysconf("SC_OPEN_MAX"))
     try:
-        # First, so that whatever follows is labelled and seen.
-        os.dup2(output[0], sys.stdout.fileno())
-        os.dup2(output[1], sys.stderr.fileno())
-        os.closerange(_FIRST_INHERITED_DESCRIPTOR, os.sysconf("SC_OPEN_MAX"))
         die_with_parent(supervisor, wait_seconds=_ADOPTION_SECONDS)
-        name = f"rank {request.rank}" if request.role == "rank" else request.role
-        set_process_name(f"tpmodel-{name.replace(' ', '')}")
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        os.environ.update(request.environment)
-        settings = ServeSettings.from_json(request.settings_json)
-        logs.configure(name, settings.log_format)
-        module, _, function = entry.partition(":")
-        main: Callable[..., int | None] = getattr(importlib.import_module(module), function)
-        return (main(settings, request.rank) if request.role == "rank" else main(settings)) or 0
-    except SystemExit as ending:
-        if isinstance(ending.code, str):
-            sys.stderr.write(f"{ending.code}\n")
-        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except ParentGoneError:
         return 1
-    except BaseException:  # noqa: BLE001 - the last frame of a process whose interpreter never exits normally
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    return run_entry(entry, request)
 
 
 def serve(connection: socket.socket, entries: dict[str, str], supervisor: int) -> None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK
 from tpmodel_worker.exit_codes import ExitCode
-from tpmodel_worker.supervisor.fork_client import ForkServer, ForkServerError
 from tpmodel_worker.supervisor.lifecycle import Ending, RestartPolicy, judge_repeated
-from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTable
+from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessStartError, ProcessTable
 from tpmodel_worker.supervisor.rank_link import RankLinkServer
 from tpmodel_worker.supervisor.service import RespawnError, StaleEpochError
+from tpmodel_worker.supervisor.sources import ProcessSource
+from tpmodel_worker.supervisor.spares import Spares
 
 _log = logging.getLogger(__name__)
 
@@ -56,27 +57,30 @@ class ForkedProcesses:
         self,
         members: Iterable[int],
         table: ProcessTable,
-        fork_server: ForkServer,
+        source: ProcessSource,
         link: RankLinkServer,
         *,
         hello_seconds: float,
         judge: Judge,
         end_pod: Callable[[Ending], None],
         on_change: Callable[[], None],
+        spares: Spares | None = None,
     ) -> None:
         """Args:
         members: ranks; RENDEZVOUS_RANK for the rendezvous.
         table: where the processes go.
-        fork_server: what forks them.
+        source: where new processes come from.
         link: where they say hello.
         hello_seconds: how long a process may take to say hello.
         judge: says whether a member's end ends the pod.
         end_pod: called when one does.
         on_change: called when an address has come or gone.
+        spares: processes that replace ranks at once, where there are some.
         """
         self._members = {rank: _Member(rank) for rank in members}
         self._table = table
-        self._fork_server = fork_server
+        self._source = source
+        self._spares = spares
         self._link = link
         self._restarts = True
         self._hello_seconds = hello_seconds
@@ -122,6 +126,8 @@ class ForkedProcesses:
         if process is member.process:
             self._table.mark_running(process, port)
             member.hello.set()
+            if self._spares is not None:
+                self._spares.allow(self.addresses() is not None)
             self._on_change()
 
     def stop_restarting(self) -> None:
@@ -139,7 +145,7 @@ class ForkedProcesses:
                 process = member.process
                 assert process is not None
                 await self._require_hello(member, process)
-            except ForkServerError as error:
+            except ProcessStartError as error:
                 if not await self._pause_or_give_up(member, error):
                     return
                 continue
@@ -157,7 +163,7 @@ class ForkedProcesses:
             _log.warning("%s; starting it again in %.1f s", ended.describe(), pause)
             await asyncio.sleep(pause)
 
-    async def _pause_or_give_up(self, member: _Member, error: ForkServerError) -> bool:
+    async def _pause_or_give_up(self, member: _Member, error: ProcessStartError) -> bool:
         """Notes that a member could not be started, and whether to try again, after the pause that it makes."""
         pause = member.policy.pause(time.monotonic())
         _log.warning("%s could not be started: %s", member.name, error)
@@ -188,7 +194,11 @@ class ForkedProcesses:
             try:
                 process = await self._start(member)
                 await self._require_hello(member, process)
-            except ForkServerError as error:
+                if self._spares is not None and not member.serves:
+                    # A spare that was dying when it was promoted.
+                    process = await self._start(member, promote=False)
+                    await self._require_hello(member, process)
+            except ProcessStartError as error:
                 raise RespawnError(f"rank {rank} could not be started: {error}") from error
             if not member.serves:
                 raise RespawnError(f"rank {rank} (pid {process.pid}) did not say hello")
@@ -202,9 +212,19 @@ class ForkedProcesses:
         await self._table.kill([process])
         return True
 
-    async def _start(self, member: _Member) -> Process:
+    async def _start(self, member: _Member, *, promote: bool = True) -> Process:
+        """promote: take a spare where there is one; the rendezvous never comes from one."""
         member.hello.clear()
-        process = await self._fork_server.fork(
+        spare = None
+        if self._spares is not None:
+            self._spares.allow(False)
+            spare = self._spares.take() if promote and member.role == "rank" else None
+        if spare is not None:
+            member.process = spare
+            self._table.promote(spare, member.name)
+            await self._link.promote(spare, member.rank)
+            return spare
+        process = await self._source.new_process(
             member.role, member.name, rank=member.rank if member.role == "rank" else 0
         )
         member.process = process

@@ -34,7 +34,7 @@ class OutputReader(asyncio.Protocol):
     """Splits one pipe into lines, hands them on, and keeps the last ones."""
 
     def __init__(self, process: str, print_line: LinePrinter) -> None:
-        self._process = process
+        self.process = process
         self._print_line = print_line
         self._rest = b""
         self._transport: asyncio.BaseTransport | None = None
@@ -79,4 +79,4 @@ class OutputReader(asyncio.Protocol):
     def _emit(self, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip("\r")
         self.last_lines.append(text)
-        self._print_line(self._process, text)
+        self._print_line(self.process, text)

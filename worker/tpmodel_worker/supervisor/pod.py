@@ -15,7 +15,6 @@ from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.settings import ServeSettings
-from tpmodel_worker.supervisor import linux
 from tpmodel_worker.supervisor.entries import EntryPoints
 from tpmodel_worker.supervisor.events import Draining, EventListener, Output
 from tpmodel_worker.supervisor.executed import keep_fork_server
@@ -29,12 +28,11 @@ from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTab
 from tpmodel_worker.supervisor.rank_link import RankLinkServer
 from tpmodel_worker.supervisor.registration import Registration
 from tpmodel_worker.supervisor.service import SupervisorServer, SupervisorServicer
+from tpmodel_worker.supervisor.sources import make_source
+from tpmodel_worker.supervisor.spares import Spares
 from tpmodel_worker.supervisor.status import HealthPort, process_statuses
 
 _TICK_SECONDS = 0.5
-# The most that glibc accepts, and how much it may keep of what was freed.
-_MALLOC_MMAP_BYTES = 32 * 1024 * 1024
-_MALLOC_KEPT_BYTES = 512 * 1024 * 1024
 
 
 class Server(Protocol):
@@ -91,25 +89,26 @@ class Pod(abc.ABC):
             self._memory,
             instance_id=self._registration.instance_id,
             on_hello=self._on_hello,
+            on_spare=self._on_spare,
         )
-        self._fork_server = ForkServer(
-            self._table,
-            settings,
-            entries={"rank": entries.rank, "rendezvous": entries.rendezvous},
-            preload=entries.preload,
-            environment=_compute_environment(settings),
+        self._source = make_source(self._table, settings, entries)
+        self._spares = (
+            Spares(self._table, self._source, self._link, ready_seconds=settings.init_timeout)
+            if settings.respawn == "spare"
+            else None
         )
         # One rendezvous store serves the gang.
         self._members = [*([RENDEZVOUS_RANK] if settings.leads else []), *settings.ranks_here]
         self._forked = ForkedProcesses(
             self._members,
             self._table,
-            self._fork_server,
+            self._source,
             self._link,
             hello_seconds=settings.init_timeout,
             judge=self._judge_forked,
             end_pod=self._end,
             on_change=self._registration.changed,
+            spares=self._spares,
         )
         servicer = SupervisorServicer(settings, self._forked, self._table, self._memory, end_pod=self._end)
         self._service = SupervisorServer(settings, servicer)
@@ -147,6 +146,11 @@ class Pod(abc.ABC):
         """A rank, or the rendezvous, serves."""
         self._forked.on_hello(rank, process, port)
 
+    def _on_spare(self, process: Process, device_bytes: int) -> None:
+        """A spare could be promoted."""
+        if self._spares is not None:
+            self._spares.on_ready(process, device_bytes)
+
     def _on_process(self, process: Process) -> None:
         """A process has started, serves or has ended."""
         self._changed.set()
@@ -156,7 +160,10 @@ class Pod(abc.ABC):
 
     def _tasks(self) -> Iterator[Coroutine[Any, Any, None]]:
         """What goes on as long as the pod lives."""
-        yield keep_fork_server(self._fork_server, self._end)
+        if isinstance(self._source, ForkServer):
+            yield keep_fork_server(self._source, self._end)
+        if self._spares is not None:
+            yield self._spares.keep()
         for member in self._members:
             yield self._forked.keep(member)
         yield self._registration.run()
@@ -251,18 +258,3 @@ class Pod(abc.ABC):
     async def _drain_when_asked(self) -> None:
         await self._drain_asked.wait()
         await self._drain()
-
-
-def _compute_environment(settings: ServeSettings) -> dict[str, str]:
-    """Variables that must be set before torch is imported."""
-    threads = str(max(1, linux.available_cores() // len(settings.ranks_here)))
-    return {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        # numpy's own; its threads would start at import, before the fork.
-        "OPENBLAS_NUM_THREADS": "1",
-        # Activations of some MiB come and go in every layer. By default glibc gives each back to the kernel and
-        # gets it again page by page: a decode step of 16 sequences then took three times as long.
-        "MALLOC_MMAP_THRESHOLD_": str(_MALLOC_MMAP_BYTES),
-        "MALLOC_TRIM_THRESHOLD_": str(_MALLOC_KEPT_BYTES),
-    }

@@ -26,6 +26,10 @@ _KILL_SECONDS = 10.0
 _ORPHAN_POLL_SECONDS = 0.02
 
 
+class ProcessStartError(Exception):
+    """A process could not be started."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
     """How a process ended: with a code or by a signal."""
@@ -56,6 +60,8 @@ class Process:
         """Where it listens, once it said so."""
         self.state: Literal["starting", "running", "exited"] = "starting"
         self.restarts = 0
+        self.device_bytes = 0
+        """Device memory that it holds in advance, for a spare."""
         loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[ProcessExit] = loop.create_future()
         """Done once the process is reaped and its output is read."""
@@ -75,6 +81,12 @@ class Process:
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+
+    def rename(self, name: str) -> None:
+        """What it is called from now on, in its output too."""
+        self.name = name
+        for reader in self._outputs:
+            reader.process = name
 
     async def ended(self) -> ProcessExit:
         """Waits for its end."""
@@ -170,6 +182,20 @@ class ProcessTable:
             process.state = "running"
             self._notify(process)
 
+    def mark_ready(self, process: Process, device_bytes: int) -> None:
+        """Notes that a spare could be promoted, and what device memory it holds for that."""
+        process.device_bytes = device_bytes
+        process.state = "running"
+        self._notify(process)
+
+    def promote(self, process: Process, name: str) -> None:
+        """A spare becomes the named process: it starts anew, in the place of an earlier one of that name."""
+        del self._processes[process.name]
+        process.rename(name)
+        process.state, process.device_bytes = "starting", 0
+        self._replace(process)
+        self._notify(process)
+
     async def end(self, processes: Iterable[Process], grace_seconds: float) -> None:
         """Asks the processes to end (SIGTERM), and makes them when they have not in time (SIGKILL). Idempotent."""
         live = [process for process in processes if process.alive]
@@ -237,12 +263,15 @@ class ProcessTable:
             process = Process(name, pid, outputs, reap)
         finally:
             self._starting.discard(pid)
-        previous = self._processes.get(name)
-        process.restarts = previous.restarts + 1 if previous else 0
-        self._processes[name] = process
+        self._replace(process)
         process.exited.add_done_callback(lambda _: self._on_exit(process))
         self._notify(process)
         return process
+
+    def _replace(self, process: Process) -> None:
+        previous = self._processes.get(process.name)
+        process.restarts = previous.restarts + 1 if previous else 0
+        self._processes[process.name] = process
 
     def _on_exit(self, process: Process) -> None:
         self.reap_orphans()

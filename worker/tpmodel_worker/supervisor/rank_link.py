@@ -15,6 +15,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from tpmodel.v1 import pod_pb2, worker_pb2
+from tpmodel_worker.arenas.identity import SPARE_RANK
 from tpmodel_worker.framing import FrameTooLargeError
 from tpmodel_worker.supervisor.channel import DescriptorChannel
 from tpmodel_worker.supervisor.memory import ArenaError, MemoryHolder, read_id
@@ -28,6 +29,8 @@ _SEND_SECONDS = 10.0
 _BACKLOG = 128
 _ASKS_INSTANCE = ("hello", "fetch_arena")
 
+SpareListener = Callable[[Process, int], None]
+"""Called with a spare that could be promoted, and the device memory that it holds."""
 HelloListener = Callable[[int, Process, int], None]
 """Called with the rank, its process and the port it serves on."""
 
@@ -37,6 +40,8 @@ class _Peer:
     rank: int
     process: Process
     deadmen: dict[int, asyncio.TimerHandle] = field(default_factory=dict)
+    promotion: asyncio.Future[int | None] | None = None
+    """A spare's: the rank that it is to become; None: it has ended."""
 
 
 class RankLinkServer:
@@ -49,12 +54,14 @@ class RankLinkServer:
         *,
         instance_id: Callable[[], Awaitable[str]],
         on_hello: HelloListener,
+        on_spare: SpareListener = lambda _process, _bytes: None,
     ) -> None:
         """instance_id: the engine instance that the supervisor is registered with now, "" before."""
         self._path = path
         self._memory = memory
         self._instance_id = instance_id
         self._on_hello = on_hello
+        self._on_spare = on_spare
         self._peers: dict[int, _Peer] = {}
         self._changed = asyncio.Condition()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -87,16 +94,30 @@ class RankLinkServer:
 
     async def expect(self, rank: int, process: Process) -> None:
         """Lets a process that was forked for a rank speak for it, until it ends."""
+        peer = _Peer(rank, process)
+        if rank == SPARE_RANK:
+            peer.promotion = asyncio.get_running_loop().create_future()
         async with self._changed:
-            self._peers[process.pid] = _Peer(rank, process)
+            self._peers[process.pid] = peer
             self._changed.notify_all()
         process.exited.add_done_callback(lambda _: self._forget(process.pid))
+
+    async def promote(self, process: Process, rank: int) -> None:
+        """Tells a spare which rank it is from now on; it says hello over a connection of its own."""
+        spare = self._peers.get(process.pid)
+        if spare is None or spare.promotion is None:
+            return  # it has ended meanwhile, which whoever waits for its hello sees
+        await self.expect(rank, process)
+        if not spare.promotion.done():
+            spare.promotion.set_result(rank)
 
     def _forget(self, pid: int) -> None:
         peer = self._peers.pop(pid, None)
         if peer is not None:
             for timer in peer.deadmen.values():
                 timer.cancel()
+            if peer.promotion is not None and not peer.promotion.done():
+                peer.promotion.set_result(None)
 
     async def _peer(self, pid: int) -> _Peer | None:
         with contextlib.suppress(TimeoutError):
@@ -112,6 +133,9 @@ class RankLinkServer:
                 _log.warning("process %d connected to the rank socket, but was not started from here: refused", pid)
                 return
             try:
+                if peer.promotion is not None:
+                    await self._serve_spare(channel, peer, peer.promotion)
+                    return
                 while (received := await channel.receive(pod_pb2.RankLinkRequest)) is not None:
                     response, descriptor = self._answer(peer, *received)
                     if received[0].WhichOneof("request") in _ASKS_INSTANCE:
@@ -120,6 +144,28 @@ class RankLinkServer:
                         await channel.send(response, [] if descriptor is None else [descriptor])
             except (ConnectionError, TimeoutError, FrameTooLargeError, DecodeError) as error:
                 _log.warning("connection of %s: %s", peer.process.name, error or type(error).__name__)
+
+    async def _serve_spare(
+        self, channel: DescriptorChannel, peer: _Peer, promotion: asyncio.Future[int | None]
+    ) -> None:
+        """Answers a spare's one request, as late as it is promoted."""
+        received = await channel.receive(pod_pb2.RankLinkRequest)
+        if received is None:
+            return
+        request, descriptors = received
+        for unused in descriptors:
+            os.close(unused)
+        response = pod_pb2.RankLinkResponse(id=request.id)
+        if request.WhichOneof("request") == "await_promotion" and not descriptors:
+            self._on_spare(peer.process, request.await_promotion.device_bytes)
+            rank = await promotion
+            if rank is None:
+                return
+            response.promoted_to = rank
+        else:
+            response.error = "a spare may only wait for its promotion"
+        async with asyncio.timeout(_SEND_SECONDS):
+            await channel.send(response)
 
     def _answer(
         self, peer: _Peer, request: pod_pb2.RankLinkRequest, descriptors: list[int]

@@ -20,6 +20,7 @@ from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.lifecycle import Ending
 from tpmodel_worker.supervisor.memory import ArenaError, MemoryHolder
 from tpmodel_worker.supervisor.processes import Process, ProcessTable
+from tpmodel_worker.supervisor.spares import SPARE
 from tpmodel_worker.supervisor.status import process_statuses
 
 _SERVICE = "tpmodel.v1.SupervisorService"
@@ -169,6 +170,9 @@ class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
         raise AssertionError("abort always raises")
 
     def _event(self, process: Process) -> worker_pb2.WatchResponse | None:
+        if process.name == SPARE and process.state == "running":
+            spare = worker_pb2.SpareReady(pid=process.pid, device_bytes=process.device_bytes)
+            return worker_pb2.WatchResponse(spare_ready=spare)
         rank = self._ranks.rank_of(process)
         if rank is None or process.state == "starting":
             return None

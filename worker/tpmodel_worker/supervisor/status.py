@@ -22,7 +22,12 @@ def process_statuses(processes: Iterable[Process]) -> list[worker_pb2.ProcessSta
     """The processes as GangStatus and GetSupervisorStatus show them."""
     return [
         worker_pb2.ProcessStatus(
-            name=process.name, pid=process.pid, state=process.state, restarts=process.restarts, port=process.port
+            name=process.name,
+            pid=process.pid,
+            state=process.state,
+            restarts=process.restarts,
+            port=process.port,
+            device_bytes=process.device_bytes,
         )
         for process in processes
     ]
