@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from support.checkpoints import BASE, VARIANTS, make_checkpoint, random_prompts
+from support.checkpoints import ARCHITECTURES, BASE, VARIANTS, make_checkpoint, random_prompts
 from support.devices import DEVICES
 from support.oracle import Reference, TieLedger
-from support.scale import ORACLE_PROMPTS, ORACLE_TOKENS
+from support.scale import ORACLE_ARCHITECTURE_WORLDS, ORACLE_PROMPTS, ORACLE_TOKENS
 from tpmodel import AsyncClient, Client
 from tpmodel.local import LocalServer
 
@@ -32,12 +32,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         name: make_checkpoint(root / name, seed=index, **overrides)
-        for index, (name, overrides) in enumerate(VARIANTS.items())
+        for index, (name, overrides) in enumerate((VARIANTS | ARCHITECTURES).items())
     }
 
 
 def prompts_for(variant: str, *, seed: int) -> list[list[int]]:
-    vocabulary = {**BASE, **VARIANTS[variant]}["vocab_size"]
+    vocabulary = {**BASE, **(VARIANTS | ARCHITECTURES)[variant]}["vocab_size"]
     return random_prompts(ORACLE_PROMPTS, shortest=3, longest=160, vocabulary=vocabulary, seed=seed)
 
 
@@ -62,6 +62,19 @@ def one_by_one(target: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
 def test_greedy_tokens_are_those_of_transformers(
     device: str, variant: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
 ) -> None:
+    check_greedy(device, variant, tp, checkpoints, ledger)
+
+
+@pytest.mark.parametrize("tp", ORACLE_ARCHITECTURE_WORLDS)
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("device", DEVICES)
+def test_greedy_tokens_of_other_architectures_are_those_of_transformers(
+    device: str, architecture: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
+) -> None:
+    check_greedy(device, architecture, tp, checkpoints, ledger)
+
+
+def check_greedy(device: str, variant: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger) -> None:
     reference = Reference(checkpoints[variant])
     prompts = prompts_for(variant, seed=tp)
     with LocalServer(checkpoints[variant], tp=tp, device=device, options=CHUNKED) as server:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 DEFAULT_VOCABULARY = 512
 
@@ -44,19 +44,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide_heads": {"head_dim": 32},
 }
 
+# Every other model_type, with every kind of layer that it has.
+EXPERTS: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 9,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 36,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {"qwen3_moe": EXPERTS}
+
 
 def make_checkpoint(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
     """Writes a checkpoint with random weights; its norms are random too, so that a missed one shows."""
     torch.manual_seed(seed)
-    config = Qwen3Config(**(BASE | overrides))
-    model = Qwen3ForCausalLM(config)
+    settings: dict[str, Any] = {"model_type": "qwen3"} | BASE | overrides
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     torch.nn.Module.to(model, dtype=dtype)
     model.save_pretrained(folder)
-    write_tokenizer(folder, config.vocab_size)
+    write_tokenizer(folder, settings["vocab_size"])
     return folder
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TIE = 1e-4
 TIES_ALLOWED = 3
@@ -34,7 +34,7 @@ class Reference:
     """A checkpoint in transformers, float32, on the CPU."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.model = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:

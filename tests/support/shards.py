@@ -27,6 +27,7 @@ def load_shard(checkpoint: Path, communicator: Communicator, dtype: torch.dtype 
     config = read_model_config(checkpoint, world_size=communicator.world_size)
     model, plan, arena = _empty_shard(config, communicator, dtype)
     entries = read_checkpoint(list_checkpoint_files(checkpoint))
+    plan = plan_weights(model, entries)
     check_tensors(plan, entries)
     copy_tensors(plan, entries, arena, lambda done, total: None)
     bind_parameters(model, plan, arena)

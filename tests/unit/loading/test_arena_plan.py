@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.checkpoints import BASE
+from support.checkpoints import BASE, EXPERTS
 from support.lockstep import LockstepWorld
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
@@ -38,11 +38,11 @@ def test_tensors_are_aligned_and_do_not_overlap():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}, {"vocab_size": 131}]
+    "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}, {"vocab_size": 131}, EXPERTS]
 )
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_ranks_parts_cover_every_checkpoint_tensor(world_size, changes):
-    """Each element goes to one rank, or to as many as share a KV head, or to all (norms)."""
+    """Each element goes to one rank, or to as many as share a KV head, or to all (norms, routers)."""
     kv_heads = changes.get("num_key_value_heads", 4)
     covered: dict[str, list[int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -55,7 +55,7 @@ def test_the_ranks_parts_cover_every_checkpoint_tensor(world_size, changes):
                 counts[index] += 1
     assert covered.keys() == shapes.keys()
     for name, counts in covered.items():
-        if "norm" in name:
+        if "norm" in name or "mlp.gate." in name:
             expected = world_size
         elif "k_proj" in name or "v_proj" in name:
             expected = max(world_size // kv_heads, 1)

@@ -48,7 +48,7 @@ def check(folder, world_size=1):
     entries = read_checkpoint(list_checkpoint_files(folder))
     config = read_model_config(folder, world_size=world_size)
     for communicator in LockstepWorld(world_size).communicators:
-        plan = plan_weights(build_model(config, communicator=communicator, dtype=torch.float32))
+        plan = plan_weights(build_model(config, communicator=communicator, dtype=torch.float32), entries)
         check_tensors(plan, entries)
     return entries
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.checkpoints import BASE
+from support.checkpoints import ARCHITECTURES, BASE
 from support.lockstep import LockstepWorld
 from support.shards import PagedSequences, dummy_shard
 from tpmodel_worker.loading import dummy
@@ -31,16 +31,17 @@ def documented(seed: int, name: str, shape: tuple[int, ...], index: int) -> floa
     return k * 2.0 ** round(math.log2(math.sqrt(3 / shape[-1]))) / 2**23
 
 
-@given(st.integers(0, 2**64 - 1), st.sampled_from([(5, 7), (1, 3), (11,), (3, 64)]))
+@given(st.integers(0, 2**64 - 1), st.sampled_from([(5, 7), (1, 3), (11,), (3, 64), (2, 3, 5)]))
 def test_values_are_the_documented_function(seed, shape):
     values = dummy_tensor(seed, "some.weight", shape).flatten().tolist()
     assert values == [documented(seed, "some.weight", shape, index) for index in range(math.prod(shape))]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_part_is_a_slice_of_the_whole(data):
-    shape = (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)))
-    dimension = data.draw(st.integers(0, 1))
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    dimension = data.draw(st.integers(0, len(shape) - 1))
     start = data.draw(st.integers(0, shape[dimension] - 1))
     length = data.draw(st.integers(1, shape[dimension] - start))
     whole = dummy_tensor(3, "w", shape)
@@ -49,10 +50,11 @@ def test_a_part_is_a_slice_of_the_whole(data):
     assert torch.equal(part, whole.narrow(dimension, start, length))
 
 
-def test_chunks_do_not_change_the_values(monkeypatch):
-    whole = dummy_tensor(1, "w", (50, 30))
+@pytest.mark.parametrize("shape", [(50, 30), (3, 7, 30), (40, 2, 5)])
+def test_chunks_do_not_change_the_values(monkeypatch, shape):
+    whole = dummy_tensor(1, "w", shape)
     monkeypatch.setattr(dummy, "CHUNK_ELEMENTS", 70)
-    assert torch.equal(dummy_tensor(1, "w", (50, 30)), whole)
+    assert torch.equal(dummy_tensor(1, "w", shape), whole)
 
 
 def test_seed_and_name_matter():
@@ -84,13 +86,16 @@ def test_cuda_gives_the_same_bits(shape, dtype):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_they_fill_a_transformers_model_that_answers_alike(world_size):
-    settings: dict[str, Any] = BASE | {"vocab_size": 523, "num_key_value_heads": 2}
-    theirs = Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
+@pytest.mark.parametrize(
+    "architecture", [{"model_type": "qwen3"}, *ARCHITECTURES.values()], ids=["qwen3", *ARCHITECTURES]
+)
+def test_they_fill_a_transformers_model_that_answers_alike(architecture, world_size):
+    shape: dict[str, Any] = BASE | {"vocab_size": 523, "num_key_value_heads": 2} | architecture
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).eval()
     with torch.inference_mode():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(dummy_tensor(7, name, parameter.shape))
-    config = parse_model_config({**settings, "model_type": "qwen3"}, world_size=world_size)
+    config = parse_model_config(shape, world_size=world_size)
     prompt = torch.randint(0, 523, (60,), generator=torch.Generator().manual_seed(1))
 
     def run(communicator):

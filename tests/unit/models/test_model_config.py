@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from tpmodel_worker.models.config import (
     ConfigError,
@@ -220,6 +220,89 @@ def test_an_unreadable_config_names_the_file(tmp_path, text):
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_model_config(tmp_path, world_size=1)
+
+
+# As published for a model of 30 billion parameters, 3 of them active.
+EXPERTS = {
+    **{key: value for key, value in OLDER.items() if key != "max_window_layers"},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+
+def parse_experts(changes=(), *, world_size=1):
+    return parse_model_config({**EXPERTS, **dict(changes)}, world_size=world_size)
+
+
+def test_a_published_config_with_experts_is_read():
+    experts = parse_experts().experts
+    assert experts is not None
+    assert (experts.count, experts.per_token, experts.intermediate_size) == (128, 8, 768)
+    assert experts.normalise_weights
+    assert experts.layers == tuple(range(48))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_transformers_writes_of_experts_is_read(whole):
+    written = Qwen3MoeConfig(num_hidden_layers=2, num_experts=12).to_json_string(use_diff=not whole)
+    experts = parse_model_config(json.loads(written), world_size=4).experts
+    assert experts is not None
+    assert (experts.count, experts.normalise_weights) == (12, False)
+
+
+@pytest.mark.parametrize(
+    ("step", "dense", "layers"), [(1, [], (0, 1, 2, 3, 4)), (2, [], (1, 3)), (1, [0, 3], (1, 2, 4)), (2, [1], (3,))]
+)
+def test_which_layers_have_experts(step, dense, layers):
+    config = parse_experts({"num_hidden_layers": 5, "decoder_sparse_step": step, "mlp_only_layers": dense})
+    assert config.experts is not None
+    assert config.experts.layers == layers
+    assert config.has_dense_layers == (len(layers) < 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": None}, "num_experts is missing"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok = 129: there are only 128 experts"),
+        ({"num_local_experts": 64}, "num_local_experts = 64: contradicts num_experts = 128"),
+        ({"mlp_only_layers": [48]}, r"mlp_only_layers = \[48\]: expected a list of layers from 0 to 47"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers = 3"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob = 1"),
+        ({"shared_expert_intermediate_size": 512}, "shared_expert_intermediate_size = 512"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+    ],
+)
+def test_expert_settings_that_are_not_honoured_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_experts(changes)
+
+
+def test_a_world_that_cannot_share_the_experts_is_refused_with_the_sizes_that_can():
+    """P2."""
+    message = "world size 16: moe_intermediate_size 712 is not divisible by it; sizes that work: 1, 2, 4, 8"
+    with pytest.raises(ConfigError, match=message):
+        parse_experts({"moe_intermediate_size": 712}, world_size=16)
+
+
+def test_a_size_that_no_layer_has_does_not_bound_the_world():
+    assert parse_experts({"intermediate_size": 6143}, world_size=4).num_hidden_layers == 48
+    with pytest.raises(ConfigError, match="intermediate_size 6143 is not divisible"):
+        parse_experts({"intermediate_size": 6143, "mlp_only_layers": [0]}, world_size=4)
 
 
 def test_reading_a_config_needs_no_torch():

@@ -7,7 +7,7 @@ For element i (row-major, in the whole tensor) of the tensor `name`:
     k    = the top 24 bits of hash, minus 2^23; so -2^23 <= k < 2^23
     a    = the power of two nearest (in the exponent) to sqrt(3 / last dimension)
 
-Tensors of two dimensions take k * a / 2^23: uniform in [-a, a), so that a product with normalised
+Tensors of more than one dimension take k * a / 2^23: uniform in [-a, a), so that a product with normalised
 inputs stays near 1. Tensors of one dimension (norms) take 1 + floor(k / 2^8) / 2^18: uniform in [0.875, 1.125). Both
 are exact in float32 and then rounded to the dtype, so that every device and every sharding gives the
 same bits.
@@ -47,25 +47,39 @@ def fill_dummy(
     """Fills target with the part of the tensor that begins at `start` of `dimension`.
 
     Args:
-        target: one or two dimensions; need not be contiguous. Its shape is the part's.
+        target: need not be contiguous. Its shape is the part's.
         seed: any 64-bit number.
         name: of the checkpoint tensor.
         shape: of the whole tensor; as target's but for `dimension`.
         dimension: along which target is a part.
         start: first index of the part along it.
     """
-    rows = target.unsqueeze(1) if target.dim() == 1 else target
-    row_start, column_start = (start, 0) if dimension == 0 else (0, start)
-    stride = shape[1] if len(shape) > 1 else 1
     amplitude = None if len(shape) == 1 else _amplitude(shape[-1])
-    key = dummy_key(seed, name)
-    columns = torch.arange(rows.shape[1], dtype=torch.int64, device=target.device) + column_start
-    step = max(CHUNK_ELEMENTS // rows.shape[1], 1)
-    for first in range(0, rows.shape[0], step):
-        chunk = rows[first : first + step]
-        numbers = torch.arange(first, first + chunk.shape[0], dtype=torch.int64, device=target.device) + row_start
-        bits = _hash((numbers * stride).unsqueeze(1) + columns, key)
+    strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    _fill(target, dummy_key(seed, name), start * strides[dimension], strides, amplitude)
+
+
+def _fill(target: torch.Tensor, key: int, first: int, strides: Sequence[int], amplitude: float | None) -> None:
+    """first: the whole tensor's index of the target's first element; strides: the whole tensor's."""
+    entry_elements = math.prod(target.shape[1:])
+    if target.dim() > 2 and entry_elements > CHUNK_ELEMENTS:
+        for place, entry in enumerate(target):
+            _fill(entry, key, first + place * strides[0], strides[1:], amplitude)
+        return
+    step = max(CHUNK_ELEMENTS // entry_elements, 1)
+    for begin in range(0, target.shape[0], step):
+        chunk = target[begin : begin + step]
+        index = _offsets(chunk.shape, strides, target.device).add_(first + begin * strides[0])
+        bits = _hash(index, key)
         chunk.copy_(_norm_values(bits) if amplitude is None else _matrix_values(bits, amplitude))
+
+
+def _offsets(shape: Sequence[int], strides: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The sum over the dimensions of index times stride, for every element of the shape: int64."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for size, stride in zip(shape, strides, strict=True):
+        total = total.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device=device) * stride
+    return total
 
 
 def dummy_key(seed: int, name: str) -> int:

@@ -116,6 +116,7 @@ def load_model(
             undo.callback(arenas.release, arena_id)
             if load_format == "safetensors":
                 entries = read_checkpoint(paths)
+                plan = plan_weights(model, entries)
                 check_tensors(plan, entries)
                 bytes_read = copy_tensors(plan, entries, arena, lambda done, total: progress("weights", done, total))
             else:

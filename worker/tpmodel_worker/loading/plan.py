@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +66,13 @@ class ArenaPlan:
         return sum(tensor.size for tensor in self.tensors.values())
 
 
-def plan_weights(model: nn.Module) -> ArenaPlan:
+def plan_weights(model: nn.Module, checkpoint: Collection[str] = ()) -> ArenaPlan:
     """Plans the arena of a model whose parameters may be on the meta device.
+
+    Args:
+        model: its layers say what they need.
+        checkpoint: names of the tensors that are there; they decide where a layer can be stored in several ways.
+            The arena is the same for all of them.
 
     Raises:
         ValueError: a parameter belongs to no ShardedModule, so that nothing would fill it.
@@ -82,7 +87,7 @@ def plan_weights(model: nn.Module) -> ArenaPlan:
         if not isinstance(module, ShardedModule):
             continue
         parent, _, name = path.rpartition(".")
-        layer_parts = [_with_prefix(part, parent) for part in module.parts(name)]
+        layer_parts = _stored_layout(module, name, parent, checkpoint)
         if id(module.weight) in planned:
             aliases |= {part.checkpoint_name: part.shape for part in layer_parts}
             continue
@@ -116,8 +121,15 @@ def bind_parameters(model: nn.Module, plan: ArenaPlan, arena: Arena) -> None:
 def target_view(planned: PlannedPart, plan: ArenaPlan, arena: Arena) -> torch.Tensor:
     """Where in the arena a part goes, in the part's shape."""
     tensor = plan.tensors[planned.target]
-    view = arena.view(tensor.offset, tensor.shape, tensor.dtype)
-    return view.narrow(planned.part.dimension, planned.part.offset, planned.part.length)
+    return planned.part.within(arena.view(tensor.offset, tensor.shape, tensor.dtype))
+
+
+def _stored_layout(module: ShardedModule, name: str, parent: str, checkpoint: Collection[str]) -> list[TensorPart]:
+    """The first of the layer's layouts that the checkpoint has a tensor of; where it has none, the very first."""
+    layouts = [[_with_prefix(part, parent) for part in layout] for layout in module.layouts(name)]
+    return next(
+        (layout for layout in layouts if any(part.checkpoint_name in checkpoint for part in layout)), layouts[0]
+    )
 
 
 def _with_prefix(part: TensorPart, parent: str) -> TensorPart:

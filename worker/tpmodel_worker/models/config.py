@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from tpmodel_worker.models.config_parts import read_eos
 from tpmodel_worker.models.config_reader import ConfigReader
 from tpmodel_worker.models.config_types import ConfigError, GenerationDefaults, ModelConfig, RopeConfig
 from tpmodel_worker.models.qwen3_config import parse_qwen3
+from tpmodel_worker.models.qwen3_moe_config import parse_qwen3_moe
 
 __all__ = [
     "ConfigError",
@@ -25,7 +27,9 @@ __all__ = [
     "world_sizes_that_work",
 ]
 
-_PARSERS: Mapping[str, Callable[[ConfigReader], ModelConfig]] = MappingProxyType({"qwen3": parse_qwen3})
+_PARSERS: Mapping[str, Callable[[ConfigReader], ModelConfig]] = MappingProxyType(
+    {"qwen3": parse_qwen3, "qwen3_moe": parse_qwen3_moe}
+)
 
 
 def parse_model_config(
@@ -51,15 +55,13 @@ def parse_model_config(
     if not isinstance(model_type, str) or model_type not in _PARSERS:
         raise ConfigError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(_PARSERS))}")
     parsed = _PARSERS[model_type](reader)
-    eos_token_ids = _read_eos(reader, parsed.vocab_size)
     reader.finish()
 
     generation = ConfigReader(generation_config or {}, "generation_config.json")
-    if generation.has("eos_token_id"):
-        eos_token_ids = _read_eos(generation, parsed.vocab_size)
+    replaced = generation.has("eos_token_id")
     parsed = dataclasses.replace(
         parsed,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=read_eos(generation, parsed.vocab_size) if replaced else parsed.eos_token_ids,
         generation=_read_generation(generation),
         max_model_len=_resolve_max_model_len(parsed, max_model_len),
     )
@@ -108,15 +110,24 @@ def world_sizes_that_work(config: ModelConfig) -> list[int]:
 
 
 def _sharding_problem(config: ModelConfig, world_size: int) -> str | None:
-    for key in ("num_attention_heads", "intermediate_size"):
-        if getattr(config, key) % world_size:
-            return f"{key} {getattr(config, key)} is not divisible by it"
+    for key, size in _divided_sizes(config):
+        if size % world_size:
+            return f"{key} {size} is not divisible by it"
     kv_heads = config.num_key_value_heads
     if kv_heads >= world_size and kv_heads % world_size:
         return f"num_key_value_heads {kv_heads} is not divisible by it"
     if kv_heads < world_size and world_size % kv_heads:
         return f"it is not a multiple of num_key_value_heads {kv_heads}"
     return None
+
+
+def _divided_sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Keys of config.json and their values, of which every rank takes an equal part."""
+    yield "num_attention_heads", config.num_attention_heads
+    if config.has_dense_layers:
+        yield "intermediate_size", config.intermediate_size
+    if config.experts is not None:
+        yield "moe_intermediate_size", config.experts.intermediate_size
 
 
 def _resolve_max_model_len(config: ModelConfig, wanted: int) -> int:
@@ -126,15 +137,6 @@ def _resolve_max_model_len(config: ModelConfig, wanted: int) -> int:
     if wanted > limit:
         raise ConfigError(f"max_model_len {wanted} is more than the {limit} positions of the checkpoint")
     return wanted or limit
-
-
-def _read_eos(reader: ConfigReader, vocab_size: int) -> tuple[int, ...]:
-    value = reader.raw("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise reader.error("eos_token_id", value, f"expected ids from 0 to {vocab_size - 1}")
-    return tuple(dict.fromkeys(ids))
 
 
 def _read_generation(reader: ConfigReader) -> GenerationDefaults:

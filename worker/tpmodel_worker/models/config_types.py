@@ -45,6 +45,21 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """The mixture of experts that some or all layers have in place of one feed-forward layer."""
+
+    count: int
+    per_token: int
+    """Experts that each token is computed by."""
+    intermediate_size: int
+    """Features of one expert."""
+    normalise_weights: bool
+    """Whether the weights of a token's experts are made to sum to 1."""
+    layers: tuple[int, ...]
+    """The layers that have experts; the others are dense."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder's shape, as its checkpoint's config.json gives it and as this code will compute it."""
 
@@ -63,5 +78,19 @@ class ModelConfig:
     max_model_len: int
     """Most tokens of one sequence, prompt and output together."""
     dtype: DtypeName
+    experts: ExpertsConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation: GenerationDefaults = GenerationDefaults()
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has one feed-forward layer of intermediate_size features."""
+        return self.experts is None or len(self.experts.layers) < self.num_hidden_layers
+
+    def activations_per_token(self, world_size: int) -> int:
+        """Elements that one token takes at most while a rank computes: residual stream and the widest layer."""
+        widest = 4 * self.intermediate_size // world_size if self.has_dense_layers else 0
+        if self.experts is not None:
+            features = 4 * self.experts.intermediate_size // world_size
+            widest = max(widest, self.experts.per_token * (3 * self.hidden_size + features))
+        return 8 * self.hidden_size + widest

@@ -18,8 +18,8 @@ from tpmodel_worker.kernels.linear import linear
 from tpmodel_worker.models.sharding import HeadShard, ShardedModule, TensorPart, VocabShard, divide, empty_weight
 
 
-class CommunicatingModule(ShardedModule):
-    """A layer that exchanges tensors with the other ranks; a new epoch hands it a new communicator."""
+class CommunicatingModule(nn.Module):
+    """A module that exchanges tensors with the other ranks; a new epoch hands it a new communicator."""
 
     def __init__(self, communicator: Communicator) -> None:
         super().__init__()
@@ -124,7 +124,26 @@ class QkvParallelLinear(ShardedModule):
         return parts
 
 
-class RowParallelLinear(CommunicatingModule):
+class ReplicatedLinear(ShardedModule):
+    """Linear without bias that every rank holds and computes whole."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = (outputs, inputs)
+        self.weight = empty_weight(outputs, inputs, dtype=dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, inputs) -> (T, outputs)."""
+        return linear(hidden, self.weight)
+
+    def parts(self, name: str) -> list[TensorPart]:
+        """The whole tensor."""
+        return [
+            TensorPart(checkpoint_name=f"{name}.weight", shape=self.shape, dimension=0, start=0, length=self.shape[0])
+        ]
+
+
+class RowParallelLinear(CommunicatingModule, ShardedModule):
     """Linear without bias whose input features are split over the ranks: one all-reduce sums the shares."""
 
     def __init__(self, inputs: int, outputs: int, communicator: Communicator, *, dtype: torch.dtype) -> None:
@@ -136,7 +155,11 @@ class RowParallelLinear(CommunicatingModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, inputs / world size), this rank's features -> (T, outputs), whole on every rank."""
-        return self.communicator.all_reduce(linear(hidden, self.weight))
+        return self.communicator.all_reduce(self.share(hidden))
+
+    def share(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the sum, for callers that add other shares before one all-reduce."""
+        return linear(hidden, self.weight)
 
     def parts(self, name: str) -> list[TensorPart]:
         """A range of columns: checkpoints keep weights as (outputs, inputs)."""
@@ -147,7 +170,7 @@ class RowParallelLinear(CommunicatingModule):
         ]
 
 
-class VocabParallelEmbedding(CommunicatingModule):
+class VocabParallelEmbedding(CommunicatingModule, ShardedModule):
     """Token embeddings split by token id; rows past the vocabulary's end are zero."""
 
     def __init__(

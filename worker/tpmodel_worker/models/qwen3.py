@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
@@ -14,8 +13,8 @@ from tpmodel_worker.kernels.kv_cache import write_kv
 from tpmodel_worker.models.batch import ForwardBatch, LayerKvCache
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config_types import ModelConfig
+from tpmodel_worker.models.feed_forward import SwigluMlp
 from tpmodel_worker.models.layers import (
-    MergedColumnParallelLinear,
     ParallelLanguageModelHead,
     QkvParallelLinear,
     RmsNorm,
@@ -59,32 +58,16 @@ class Qwen3Attention(nn.Module):
         return self.o_proj(output.flatten(1))
 
 
-class Qwen3Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x)), split over the intermediate features."""
-
-    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
-        super().__init__()
-        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size, intermediate_size, ("gate_proj", "up_proj"), communicator, dtype=dtype
-        )
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, communicator, dtype=dtype)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(T, hidden size) -> the same."""
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))
-
-
 class Qwen3DecoderLayer(nn.Module):
     """Attention and feed-forward, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, mlp: nn.Module, communicator: Communicator, dtype: torch.dtype) -> None:
+        """mlp: the feed-forward layer, (T, hidden size) -> the same."""
         super().__init__()
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.self_attn = Qwen3Attention(config, communicator, dtype)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = Qwen3Mlp(config, communicator, dtype)
+        self.mlp = mlp
 
     def forward(
         self,
@@ -102,16 +85,17 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3Model(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, mlps: Sequence[nn.Module], communicator: Communicator, dtype: torch.dtype
+    ) -> None:
+        """mlps: the feed-forward layer of each layer."""
         super().__init__()
         shard = VocabShard.of_rank(config.vocab_size, communicator.rank, communicator.world_size)
         self.dtype = dtype
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, shard, communicator, dtype=dtype
         )
-        self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, communicator, dtype) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, mlp, communicator, dtype) for mlp in mlps)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
 
@@ -130,7 +114,7 @@ class Qwen3ForCausalLM(CausalLanguageModel):
 
     def __init__(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> None:
         super().__init__(config, communicator)
-        self.model = Qwen3Model(config, communicator, dtype)
+        self.model = Qwen3Model(config, self.make_mlps(config, communicator, dtype), communicator, dtype)
         self.lm_head = ParallelLanguageModelHead(
             config.vocab_size,
             config.hidden_size,
@@ -138,6 +122,11 @@ class Qwen3ForCausalLM(CausalLanguageModel):
             tied_to=self.model.embed_tokens.weight if config.tie_word_embeddings else None,
             dtype=dtype,
         )
+
+    def make_mlps(self, config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> list[nn.Module]:
+        """The feed-forward layer of each layer."""
+        hidden_size, features = config.hidden_size, config.intermediate_size
+        return [SwigluMlp(hidden_size, features, communicator, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerKvCache]) -> torch.Tensor:
         """This rank's logits of the batch's sample rows: (R, vocab_shard) float32."""

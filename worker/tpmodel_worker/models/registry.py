@@ -11,8 +11,11 @@ from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config_types import ConfigError, ModelConfig
 from tpmodel_worker.models.qwen3 import Qwen3ForCausalLM
+from tpmodel_worker.models.qwen3_moe import Qwen3MoeForCausalLM
 
-_ARCHITECTURES: Mapping[str, type[Qwen3ForCausalLM]] = MappingProxyType({"qwen3": Qwen3ForCausalLM})
+_ARCHITECTURES: Mapping[str, type[Qwen3ForCausalLM]] = MappingProxyType(
+    {"qwen3": Qwen3ForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}
+)
 
 
 def build_model(config: ModelConfig, *, communicator: Communicator, dtype: torch.dtype) -> CausalLanguageModel:

@@ -16,7 +16,7 @@ VOCAB_ALIGNMENT = 64
 class TensorPart:
     """`length` rows or columns of one checkpoint tensor, from `start`, that belong at `offset` of a parameter.
 
-    start, length and offset count along `dimension`; the other dimension is taken whole.
+    start, length and offset count along `dimension` of the checkpoint tensor; the other dimensions are taken whole.
     """
 
     checkpoint_name: str
@@ -27,6 +27,13 @@ class TensorPart:
     start: int
     length: int
     offset: int = 0
+    stack_index: int | None = None
+    """Where the parameter stacks checkpoint tensors along its first dimension: the place of this one."""
+
+    def within(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The part's place in its parameter, a view in the part's shape."""
+        place = parameter if self.stack_index is None else parameter[self.stack_index]
+        return place.narrow(self.dimension, self.offset, self.length)
 
 
 class ShardedModule(nn.Module, ABC):
@@ -37,6 +44,10 @@ class ShardedModule(nn.Module, ABC):
     @abstractmethod
     def parts(self, name: str) -> list[TensorPart]:
         """The parts of checkpoint tensors that fill `weight`; name: what the layer is called in its module."""
+
+    def layouts(self, name: str) -> list[list[TensorPart]]:
+        """Every way in which checkpoints store the layer, each as `parts`; dummy weights are named by the first."""
+        return [self.parts(name)]
 
 
 def empty_weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -168,14 +168,14 @@ class ShardHolder:
             block_size=request.block_size,
             dtype=_DTYPES[identity.dtype],
         )
-        # Per token the residual stream and the widest layer's inputs and outputs; per row of logits a few copies.
-        token_bytes = 8 * config.hidden_size + 4 * config.intermediate_size // identity.world_size
+        # Beside them a few copies of the logits.
+        token_bytes = config.activations_per_token(identity.world_size) * shape.dtype.itemsize
         demand = KvDemand(
             kv_cache_bytes=request.kv_cache_bytes,
             max_num_seqs=request.max_num_seqs,
             max_model_len=config.max_model_len,
             activation_bytes=_DEVICE_RESERVE_BYTES
-            + request.max_num_batched_tokens * token_bytes * shape.dtype.itemsize
+            + request.max_num_batched_tokens * token_bytes
             + 4 * request.max_num_seqs * config.vocab_size * torch.float32.itemsize,
             ranks_on_host=ranks_on_host,
         )

@@ -1,0 +1,86 @@
+"""Products of a mixture of experts: every token with the few experts that it was routed to.
+
+Tokens are sorted by expert, so that each expert's weights are read once and meet all their tokens in one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from tpmodel_worker.kernels.linear import linear
+
+_GROUPED_ALIGNMENT = 8
+"""torch's grouped product on CUDA takes bfloat16 rows of a multiple of 16 bytes."""
+
+
+def mix_experts(
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """The sum over a token's experts of weight * down(silu(gate(x)) * up(x)).
+
+    Args:
+        hidden: (T, hidden size).
+        expert_ids: (T, k) int64, the experts of each token, no expert twice.
+        expert_weights: (T, k), what each expert's output counts, in hidden's dtype.
+        gate_up: (experts, 2 * features, hidden size), of each expert the gate's rows, then those of up.
+        down: (experts, hidden size, features).
+
+    Returns:
+        (T, hidden size) in hidden's dtype. The k outputs of a token are added in the order of expert_ids, so that no
+        other token changes the result. On CUDA nothing waits for the device where can_group says True.
+    """
+    tokens, per_token = expert_ids.shape
+    flat = expert_ids.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(gate_up.shape[0], dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    rows = hidden.index_select(0, order // per_token)
+    if can_group(hidden, gate_up, down):
+        outputs = multiply_grouped(rows, counts, gate_up, down)
+    else:
+        outputs = multiply_looped(rows, counts, gate_up, down)
+    outputs *= expert_weights.flatten().index_select(0, order).unsqueeze(1)
+    sorted_back = torch.empty_like(outputs).index_copy_(0, order, outputs)
+    return sorted_back.unflatten(0, (tokens, per_token)).sum(1)
+
+
+def can_group(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
+    """Whether torch has one kernel for all experts' products: on CUDA, in bfloat16, with aligned rows."""
+    aligned = gate_up.shape[-1] % _GROUPED_ALIGNMENT == 0 and down.shape[-1] % _GROUPED_ALIGNMENT == 0
+    return hidden.is_cuda and hidden.dtype == torch.bfloat16 and aligned
+
+
+def multiply_grouped(
+    rows: torch.Tensor, counts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The experts' outputs for rows sorted by expert: (T * k, hidden size); the row counts stay on the device."""
+    ends = counts.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+
+
+def multiply_looped(
+    rows: torch.Tensor, counts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """As multiply_grouped, one product for each expert that has tokens; the counts are read on the host."""
+    outputs = torch.empty_like(rows)
+    for expert, start, end in _groups(counts.tolist()):
+        gate, up = linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
+        outputs[start:end] = linear(F.silu(gate).mul_(up), down[expert])
+    return outputs
+
+
+def _groups(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end) of each expert with rows."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, start, start + count
+            start += count

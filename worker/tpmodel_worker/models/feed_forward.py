@@ -1,0 +1,33 @@
+"""The dense feed-forward layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import nn
+
+from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.models.layers import MergedColumnParallelLinear, RowParallelLinear
+
+
+class SwigluMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)), split over the intermediate features."""
+
+    def __init__(self, hidden_size: int, features: int, communicator: Communicator, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size, features, ("gate_proj", "up_proj"), communicator, dtype=dtype
+        )
+        self.down_proj = RowParallelLinear(features, hidden_size, communicator, dtype=dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, hidden size) -> the same, whole on every rank."""
+        return self.down_proj(self._inner(hidden))
+
+    def share(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's share of what forward returns, for callers that add other shares before one all-reduce."""
+        return self.down_proj.share(self._inner(hidden))
+
+    def _inner(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
