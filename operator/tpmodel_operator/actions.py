@@ -29,14 +29,19 @@ class EnsureGang:
     revision: str
     image: str
     attempt: int
+    rebuild: int = 0
+    model_revision: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteAttempt:
-    """The gang's ConfigMap says at least this attempt; it is never lowered."""
+    """The gang's ConfigMap says at least this attempt and this many rebuilds, which are never lowered, and the commit,
+    where it is known."""
 
     gang: str
     attempt: int
+    rebuild: int = 0
+    model_revision: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

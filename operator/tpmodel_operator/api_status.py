@@ -148,6 +148,8 @@ class GangStatus(StatusModel):
     """Container ends that have been answered by a restart."""
     image: StatusText = ""
     """The resolved image that it was made with."""
+    model_revision: StatusText = ""
+    """The commit that its pods use, of a model from a hub."""
     deadline_missed: bool = False
     """Whether it has missed the formation deadline and has not been Ready since."""
 

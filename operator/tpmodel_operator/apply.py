@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 
+from tpmodel_operator import gangs
 from tpmodel_operator.actions import Action, DeleteGang, DeletePod, EnsureGang, EnsureModelChildren, WriteAttempt
 from tpmodel_operator.api import TPModel
 from tpmodel_operator.attempts import Attempts
 from tpmodel_operator.children import of_gang, owned_by
 from tpmodel_operator.kube import PODS, STATEFUL_SETS, ApiError, Kube
 from tpmodel_operator.lasting import LastingChildren
-from tpmodel_operator.observed import Observed, StatefulSetRecord
+from tpmodel_operator.observed import Observed, Orders, StatefulSetRecord
 from tpmodel_operator.ownership import Ownership
 from tpmodel_operator.resources import configmap, networkpolicy, statefulset
 from tpmodel_operator.tokens import Tokens
@@ -91,9 +92,11 @@ class Applier:
     async def _repair_gang(self, observed: Observed, record: StatefulSetRecord) -> None:
         """What a crash between two writes left out, or somebody deleted; tokens are looked after when observing."""
         if not record.deleting:
-            remembered = (gang.attempt for gang in observed.model.status.gangs if gang.name == record.name)
-            attempt = max(observed.attempts.get(record.name, 1), next(remembered, 1))
-            await self._accompany(observed.model, of_gang(record, attempt), record.uid)
+            remembered = (gang for gang in observed.model.status.gangs if gang.name == record.name)
+            orders = observed.orders.get(record.name, Orders(attempt=1))
+            if (gang := next(remembered, None)) is not None:
+                orders = gangs.orders_of(gang).over(orders)
+            await self._accompany(observed.model, of_gang(record, orders), record.uid)
 
     async def _accompany(self, model: TPModel, gang: EnsureGang, uid: str) -> None:
         """The gang's ConfigMap and NetworkPolicy exist."""
@@ -104,7 +107,8 @@ class Applier:
     async def _write_attempt(self, observed: Observed, action: WriteAttempt) -> None:
         record = _record(observed, action.gang)
         if record is not None:
-            body = configmap.build(observed.model, of_gang(record, action.attempt))
+            orders = Orders(attempt=action.attempt, rebuild=action.rebuild, model_revision=action.model_revision)
+            body = configmap.build(observed.model, of_gang(record, orders))
             await self._attempts.ensure(observed.model, owned_by(record.name, record.uid, body))
 
     async def _delete_gang(self, observed: Observed, action: DeleteGang) -> None:

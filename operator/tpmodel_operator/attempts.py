@@ -1,4 +1,4 @@
-"""The attempts of gangs, as their ConfigMaps say: read once, kept, and written so that they only rise."""
+"""What gangs' ConfigMaps tell their pods: read once, kept, and written so that numbers only rise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from tpmodel_operator import names
 from tpmodel_operator.api import TPModel
 from tpmodel_operator.kube import CONFIG_MAPS, ApiError, Json, Kube
+from tpmodel_operator.observed import Orders
 from tpmodel_operator.ownership import Ownership
+from tpmodel_operator.resources.configmap import data_of, orders_of
 
 FRESH_SECONDS = 600
 """Only this program writes them; a hand that changed one is noticed after this long."""
@@ -22,7 +24,7 @@ Gang = tuple[str, str]
 class Known:
     """A ConfigMap as last read or written."""
 
-    attempt: int
+    orders: Orders
     owner: str
     """UID of the StatefulSet that it goes with."""
     version: str
@@ -32,7 +34,7 @@ class Known:
 
 
 class Attempts:
-    """All attempts that are known."""
+    """All that are known."""
 
     def __init__(self, kube: Kube, ownership: Ownership, clock: Callable[[], float] = time.monotonic) -> None:
         self._kube = kube
@@ -40,18 +42,18 @@ class Attempts:
         self._clock = clock
         self._known: dict[Gang, Known] = {}
 
-    async def read(self, namespace: str, gang: str, *, fresh_seconds: float = FRESH_SECONDS) -> int | None:
+    async def read(self, namespace: str, gang: str, *, fresh_seconds: float = FRESH_SECONDS) -> Orders | None:
         """What the gang's ConfigMap says, at most so many seconds old; None where there is none."""
         known = self._known.get((namespace, gang))
         if known is None or self._clock() - known.at > fresh_seconds:
             known = await self._read(namespace, gang)
-        return known.attempt if known and known.labelled else None
+        return known.orders if known and known.labelled else None
 
     async def ensure(self, model: TPModel, body: Json) -> None:
         """The gang's ConfigMap says at least what this one says; NameTakenError where somebody else has its name."""
         metadata = body["metadata"]
         gang = (metadata["namespace"], metadata["labels"][names.GANG_LABEL])
-        wanted = int(body["data"][names.ATTEMPT_KEY])
+        wanted = orders_of(body["data"])
         known = self._known.get(gang)
         try:
             await self._raise(model, gang, body, wanted, known)
@@ -65,15 +67,14 @@ class Attempts:
         """Forgets all others."""
         self._known = {gang: known for gang, known in self._known.items() if gang in gangs}
 
-    async def _raise(self, model: TPModel, gang: Gang, body: Json, wanted: int, known: Known | None) -> None:
+    async def _raise(self, model: TPModel, gang: Gang, body: Json, wanted: Orders, known: Known | None) -> None:
         if known is None:
             answer = await self._kube.create(CONFIG_MAPS, gang[0], body)
         elif not known.labelled:
             self._ownership.refuse(model, CONFIG_MAPS, body["metadata"]["name"])
-        elif known.attempt < wanted or known.owner != _owner(body):
+        elif (orders := wanted.over(known.orders)) != known.orders or known.owner != _owner(body):
             # One of another owner is left over from an earlier gang of this name: adopted, or it would go with that.
-            higher = {names.ATTEMPT_KEY: str(max(wanted, known.attempt))}
-            versioned = {"data": higher, "metadata": body["metadata"] | {"resourceVersion": known.version}}
+            versioned = {"data": data_of(orders), "metadata": body["metadata"] | {"resourceVersion": known.version}}
             answer = await self._kube.apply(CONFIG_MAPS, gang[0], body | versioned)
         else:
             return
@@ -91,11 +92,11 @@ class Attempts:
         return known
 
     def _learn(self, item: Json) -> Known:
-        text = item.get("data", {}).get(names.ATTEMPT_KEY, "")
-        attempt = int(text) if text.isdecimal() else 0
         metadata = item["metadata"]
         labelled = metadata.get("labels", {}).get(names.MANAGED_BY) == names.MANAGED_BY_VALUE
-        return Known(attempt, _owner(item), metadata["resourceVersion"], self._clock(), labelled)
+        return Known(
+            orders_of(item.get("data") or {}), _owner(item), metadata["resourceVersion"], self._clock(), labelled
+        )
 
 
 def _owner(item: Json) -> str:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from tpmodel_operator.actions import EnsureGang
 from tpmodel_operator.kube import STATEFUL_SETS, Json
-from tpmodel_operator.observed import StatefulSetRecord
+from tpmodel_operator.observed import Orders, StatefulSetRecord
 
 
-def of_gang(record: StatefulSetRecord, attempt: int = 1) -> EnsureGang:
+def of_gang(record: StatefulSetRecord, orders: Orders | None = None) -> EnsureGang:
     """A gang that exists, as builders want it."""
+    told = orders or Orders(attempt=1)
     return EnsureGang(
-        name=record.name, index=record.index, revision=record.revision, image=record.image, attempt=attempt
+        name=record.name,
+        index=record.index,
+        revision=record.revision,
+        image=record.image,
+        attempt=told.attempt,
+        rebuild=told.rebuild,
+        model_revision=told.model_revision,
     )
 
 

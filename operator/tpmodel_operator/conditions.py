@@ -40,6 +40,7 @@ class Situation:
     image: str = ""
     newer_image: str = ""
     advice: str = ""
+    model_revision: str = ""
 
     @property
     def ready(self) -> int:

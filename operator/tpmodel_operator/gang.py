@@ -7,17 +7,29 @@ A spec that is not accepted touches nothing; gangs that fail meanwhile are resta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from tpmodel_operator import acceptance, advice, disruption, events, images, life, names, rollout, status
+from tpmodel_operator import (
+    acceptance,
+    advice,
+    disruption,
+    events,
+    images,
+    life,
+    model_revision,
+    names,
+    rollout,
+    status,
+)
 from tpmodel_operator.actions import Action, Decision, DeleteGang, EnsureGang, EnsureModelChildren
 from tpmodel_operator.api import GangStatus, TPModel
 from tpmodel_operator.circumstances import Circumstances
 from tpmodel_operator.conditions import Situation
 from tpmodel_operator.gangs import Existence, Gang, collect
 from tpmodel_operator.images import Target
-from tpmodel_operator.observed import Observed
+from tpmodel_operator.observed import Observed, Orders
 from tpmodel_operator.restarts import Judged
 from tpmodel_operator.settings import OperatorSettings
 
@@ -32,6 +44,8 @@ def decide(observed: Observed, settings: OperatorSettings) -> Decision:
         return Decision(status=model.status)  # the children are owned: they go by themselves
     around = Circumstances.of(observed)
     gangs = [gang for gang in collect(observed) if gang.existence is not Existence.GONE]
+    commits = model_revision.known(model.status, gangs)
+    gangs = [model_revision.given(gang, commits) for gang in gangs]
     turns = [Turn(gang, life.judge(gang, around)) for gang in gangs]
     refusal = acceptance.review(model, volumes=observed.volumes, settings=settings) or _conflict(observed)
     if refusal is not None:
@@ -39,7 +53,7 @@ def decide(observed: Observed, settings: OperatorSettings) -> Decision:
     target = images.resolve(model, gangs, settings.default_image)
     if not target.image:
         return _refused(model, NO_IMAGE, turns, observed.now)
-    return _accepted(observed, target, turns, around)
+    return _accepted(observed, target, turns, around, commits)
 
 
 NO_IMAGE = acceptance.Refusal(
@@ -85,6 +99,7 @@ def _refused(model: TPModel, refusal: acceptance.Refusal, turns: list[Turn], now
         gangs=tuple(turn.status for turn in turns if not turn.leaving),
         leaving=sum(turn.leaving for turn in turns),
         refusal=refusal,
+        model_revision=model.status.model_revision,
     )
     decision = _decision(model, situation, turns, (), now)
     if not refusal.transient:
@@ -92,21 +107,25 @@ def _refused(model: TPModel, refusal: acceptance.Refusal, turns: list[Turn], now
     return replace(decision, requeue_after=min(decision.requeue_after or LOOK_AGAIN_AT_REFUSAL, LOOK_AGAIN_AT_REFUSAL))
 
 
-def _accepted(observed: Observed, target: Target, turns: list[Turn], around: Circumstances) -> Decision:
+def _accepted(
+    observed: Observed, target: Target, turns: list[Turn], around: Circumstances, commits: Mapping[str, str]
+) -> Decision:
     model = observed.model
+    commit = commits.get(target.revision, "")
     turns = [turn for turn in turns if not _forgotten(turn, target)]
     plan = rollout.plan(
         [_member(turn, target) for turn in turns], wanted=model.spec.replicas, rollout=model.spec.rollout
     )
     turns = [_removed(turn, around) if turn.gang.name in plan.remove else turn for turn in turns]
     turns = [turn for turn in turns if turn.gang.existence is not Existence.GONE]
-    turns += [_created(model, index, target, observed.attempts) for index in plan.create]
+    turns += [_created(model, index, target, commit, observed.orders) for index in plan.create]
     situation = Situation(
         wanted=model.spec.replicas,
         revision=target.revision,
         image=target.image,
         newer_image=target.newer_image,
         advice=advice.about_nodes(model.spec, observed.largest_node),
+        model_revision=commit,
         gangs=tuple(turn.status for turn in turns if not turn.leaving),
         leaving=sum(turn.leaving for turn in turns),
     )
@@ -139,22 +158,24 @@ def _removed(turn: Turn, around: Circumstances) -> Turn:
     return Turn(leaving, life.leave(leaving, around))
 
 
-def _created(model: TPModel, index: int, target: Target, attempts: dict[str, int]) -> Turn:
+def _created(model: TPModel, index: int, target: Target, commit: str, orders: Mapping[str, Orders]) -> Turn:
     """A ConfigMap of that name says that the gang exists after all, unseen: it is taken up at its attempt."""
     name = names.gang_name(model.name, index, target.revision)
+    known = orders.get(name)
     gang = GangStatus(
         name=name,
         index=index,
         revision=target.revision,
         image=target.image,
-        attempt=attempts.get(name, 1),
+        attempt=known.attempt if known is not None else 1,
+        model_revision=commit,
     )
     planned = Gang(
         status=gang,
         existence=Existence.PLANNED,
         statefulset=None,
         pods=(),
-        known_attempt=attempts.get(name),
+        known=known,
         token_missing=False,
         report=None,
     )
@@ -175,6 +196,7 @@ def _of_set(turns: list[Turn], target: Target) -> list[Action]:
             revision=turn.status.revision,
             image=target.image,
             attempt=turn.status.attempt,
+            model_revision=turn.status.model_revision,
         )
         for turn in turns
         if turn.gang.existence is Existence.PLANNED

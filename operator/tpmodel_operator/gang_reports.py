@@ -107,6 +107,8 @@ def is_news(before: GangReport, report: GangReport) -> bool:
     """Whether users would see the difference."""
     if (before.phase, before.epoch, before.ready_ranks) != (report.phase, report.epoch, report.ready_ranks):
         return True
+    if before.model_revision != report.model_revision:
+        return True
     moved = abs(report.load_percent - before.load_percent)
     return moved >= LEAST_PROGRESS or (moved > 0 and report.load_percent == 100)
 
@@ -135,4 +137,5 @@ def report_of(gang: str, answer: worker_pb2.GangStatusResponse, now: datetime) -
         ready_ranks=engine.ready_ranks,
         load_percent=int(engine.load_percent),
         time=now,
+        model_revision=answer.model_revision,
     )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tpmodel_operator import names
+from tpmodel_operator.actions import WriteAttempt
 from tpmodel_operator.api import GangStatus
-from tpmodel_operator.observed import GangReport, Observed, PodRecord, StatefulSetRecord
+from tpmodel_operator.observed import GangReport, Observed, Orders, PodRecord, StatefulSetRecord
 
 
 class Existence(Enum):
@@ -32,7 +33,7 @@ class Gang:
     statefulset: StatefulSetRecord | None
     pods: tuple[PodRecord, ...]
     """By index."""
-    known_attempt: int | None
+    known: Orders | None
     """What its ConfigMap says; None: it is not known to exist."""
     token_missing: bool
     report: GangReport | None
@@ -41,6 +42,11 @@ class Gang:
     def name(self) -> str:
         """Name of its StatefulSet."""
         return self.status.name
+
+    def is_behind(self, status: GangStatus) -> bool:
+        """Whether its ConfigMap does not say all that this status of it wants said."""
+        known = self.known or Orders(attempt=0)
+        return orders_of(status).over(known) != known
 
     @property
     def size(self) -> int:
@@ -78,13 +84,13 @@ def _gang(
     statefulset: StatefulSetRecord | None,
     pods: list[PodRecord],
 ) -> Gang:
-    known_attempt = observed.attempts.get(name)
+    known = observed.orders.get(name)
     return Gang(
-        status=_status(observed.model.name, name, remembered, statefulset, known_attempt or 1),
+        status=_status(observed.model.name, name, remembered, statefulset, known or Orders(attempt=1)),
         existence=_existence(remembered, statefulset, pods),
         statefulset=statefulset,
         pods=tuple(sorted(pods, key=lambda pod: (pod.index, pod.created))),
-        known_attempt=known_attempt,
+        known=known,
         token_missing=name in observed.tokens_missing,
         report=observed.reports.get(name),
     )
@@ -101,24 +107,36 @@ def _existence(
 
 
 def _status(
-    model: str, name: str, remembered: GangStatus | None, statefulset: StatefulSetRecord | None, known_attempt: int
+    model: str, name: str, remembered: GangStatus | None, statefulset: StatefulSetRecord | None, known: Orders
 ) -> GangStatus:
-    """The attempt is the higher one of what status and the ConfigMap say: either may have been lost."""
+    """What it was told is what status and the ConfigMap say together: either may have been lost."""
+    told: dict[str, object] = {"attempt": known.attempt, "model_revision": known.model_revision}
     if remembered is not None:
-        attempt = max(remembered.attempt, known_attempt)
+        orders = orders_of(remembered).over(known)
+        told = {"attempt": orders.attempt, "model_revision": orders.model_revision}
         if statefulset is None or remembered.uid == statefulset.uid:
-            return remembered.model_copy(update={"attempt": attempt})
+            return remembered.model_copy(update=told)
         if not remembered.uid:
-            return remembered.model_copy(update={"attempt": attempt, "uid": statefulset.uid})
-        known_attempt = attempt  # made again under its name: nothing else that is remembered holds
+            return remembered.model_copy(update=told | {"uid": statefulset.uid})
+        # Made again under its name: nothing else that is remembered holds.
     if statefulset is None:
         index, revision = names.gang_of_name(model, name)
-        return GangStatus(name=name, index=index, revision=revision, attempt=known_attempt)
-    return GangStatus(
+        return GangStatus(name=name, index=index, revision=revision).model_copy(update=told)
+    fresh = GangStatus(
         name=name,
         index=statefulset.index,
         revision=statefulset.revision,
         uid=statefulset.uid,
         image=statefulset.image,
-        attempt=known_attempt,
     )
+    return fresh.model_copy(update=told)
+
+
+def orders_of(status: GangStatus) -> Orders:
+    """What a gang's pods are to be told."""
+    return Orders(attempt=status.attempt, model_revision=status.model_revision)
+
+
+def told(status: GangStatus) -> WriteAttempt:
+    """Has the gang's pods told that."""
+    return WriteAttempt(gang=status.name, attempt=status.attempt, model_revision=status.model_revision)

@@ -7,11 +7,11 @@ from datetime import datetime
 from typing import Literal
 
 from tpmodel_operator import clock, faults, formation, restarts
-from tpmodel_operator.actions import Action, WriteAttempt
+from tpmodel_operator.actions import Action
 from tpmodel_operator.api import Failure, GangPod, GangStatus, HandledEnd
 from tpmodel_operator.circumstances import Circumstances
 from tpmodel_operator.faults import Answer, Fault
-from tpmodel_operator.gangs import Existence, Gang
+from tpmodel_operator.gangs import Existence, Gang, told
 from tpmodel_operator.observed import GangReport, PodRecord
 from tpmodel_operator.restarts import Judged
 
@@ -116,8 +116,8 @@ def _restarting(gang: Gang, around: Circumstances) -> Judged:
 def _attempt_kept(gang: Gang) -> tuple[Action, ...]:
     """The ConfigMap lost, or behind: without it no pod starts, with an old one a pod starts in vain."""
     waits = any(not formation.has_started(pod) for pod in gang.pods)
-    behind = waits if gang.known_attempt is None else gang.known_attempt < gang.status.attempt
-    return (WriteAttempt(gang=gang.name, attempt=gang.status.attempt),) if behind else ()
+    behind = waits if gang.known is None else gang.is_behind(gang.status)
+    return (told(gang.status),) if behind else ()
 
 
 def _readiness(gang: Gang, around: Circumstances) -> GangStatus:

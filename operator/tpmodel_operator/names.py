@@ -31,6 +31,8 @@ METRICS_PORT = 9003
 
 TOKEN_KEY = "token"  # noqa: S105 - the name of a key
 ATTEMPT_KEY = "attempt"
+REBUILD_KEY = "rebuild"
+MODEL_REVISION_KEY = "model-revision"
 
 
 def gang_name(model: str, index: int, revision: str) -> str:
@@ -47,7 +49,7 @@ def gang_of_name(model: str, gang: str) -> tuple[int, str]:
 
 
 def attempt_config_map(gang: str) -> str:
-    """The ConfigMap that holds a gang's attempt under ATTEMPT_KEY."""
+    """The ConfigMap that holds what a gang's pods are told: ATTEMPT_KEY, REBUILD_KEY and MODEL_REVISION_KEY."""
     return f"{gang}-attempt"
 
 

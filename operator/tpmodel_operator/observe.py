@@ -12,7 +12,7 @@ from tpmodel_operator import defaults, records
 from tpmodel_operator.api import TPModel, TPModelSpec
 from tpmodel_operator.attempts import FRESH_SECONDS, Attempts
 from tpmodel_operator.kube import CLAIMS, NODES, ApiError, Kube
-from tpmodel_operator.observed import GangReport, NodeRecord, Observed, PodRecord, StatefulSetRecord
+from tpmodel_operator.observed import GangReport, NodeRecord, Observed, Orders, PodRecord, StatefulSetRecord
 from tpmodel_operator.ownership import Ownership
 from tpmodel_operator.queue import Key
 from tpmodel_operator.store import Store
@@ -80,9 +80,9 @@ class Observer:
         key = Key(model.namespace, model.name)
         pods = self._pods.of(key)
         stateful_sets = self._stateful_sets.of(key)
-        nodes, attempts, volumes, missing, conflicts = await asyncio.gather(
+        nodes, orders, volumes, missing, conflicts = await asyncio.gather(
             self._read_nodes(pod.node for pod in pods if pod.deleting_since and pod.node),
-            self._read_attempts(stateful_sets, pods),
+            self._read_orders(stateful_sets, pods),
             self._read_claims(model),
             self._tokens.missing(model, stateful_sets, pods),
             self._ownership.conflicts(model),
@@ -94,7 +94,7 @@ class Observer:
             statefulsets=stateful_sets,
             pods=pods,
             nodes=nodes,
-            attempts=attempts,
+            orders=orders,
             reports=dict(self._reports(key)),
             volumes=volumes,
             tokens_missing=missing,
@@ -119,9 +119,9 @@ class Observer:
         self._nodes.put(("", name), node)
         return node
 
-    async def _read_attempts(
+    async def _read_orders(
         self, stateful_sets: tuple[StatefulSetRecord, ...], pods: tuple[PodRecord, ...]
-    ) -> dict[str, int]:
+    ) -> dict[str, Orders]:
         waiting = {pod.gang for pod in pods if not pod.running}
         found = await all_of(
             self._attempts.read(
@@ -133,7 +133,7 @@ class Observer:
             for record in stateful_sets
         )
         pairs = zip(stateful_sets, found, strict=True)
-        return {record.name: attempt for record, attempt in pairs if attempt is not None}
+        return {record.name: orders for record, orders in pairs if orders is not None}
 
     async def _read_claims(self, model: TPModel) -> dict[str, tuple[str, ...]]:
         try:

@@ -75,6 +75,25 @@ class NodeRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What a gang's ConfigMap tells its pods, which have it as files. Numbers only rise, a commit stays."""
+
+    attempt: int
+    rebuild: int = 0
+    """How often its user has asked for a new world."""
+    model_revision: str = ""
+    """The commit that its rollout uses; empty while it is not known."""
+
+    def over(self, earlier: Orders) -> Orders:
+        """These orders, given to a gang that has earlier ones."""
+        return Orders(
+            attempt=max(self.attempt, earlier.attempt),
+            rebuild=max(self.rebuild, earlier.rebuild),
+            model_revision=self.model_revision or earlier.model_revision,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GangReport:
     """GangStatus as the gang's leader pod answered it; never an input of a restart."""
 
@@ -84,6 +103,8 @@ class GangReport:
     ready_ranks: int
     load_percent: int
     time: datetime
+    model_revision: str = ""
+    """The commit that its model was resolved to, if it comes from a hub."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +117,10 @@ class Observed:
     pods: tuple[PodRecord, ...] = ()
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
     """Nodes of pods that are being deleted, by name; a node that does not exist is absent."""
-    attempts: dict[str, int] = field(default_factory=dict)
+    orders: dict[str, Orders] = field(default_factory=dict)
     """What the gangs' ConfigMaps say, by gang."""
     reports: dict[str, GangReport] = field(default_factory=dict)
-    """By gang; shown in status only."""
+    """By gang; for status, and the commit that a model was first resolved to."""
     volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Access modes of the PersistentVolumeClaims that the spec names, by claim; a missing one is absent."""
     tokens_missing: frozenset[str] = frozenset()

@@ -129,6 +129,7 @@ class Reconciler:
             revision=model.status.revision,
             gangs=gangs,
             image=model.status.image,
+            model_revision=model.status.model_revision,
             refusal=refusal,
         )
         now = datetime.now(UTC)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from tpmodel_operator import clock
-from tpmodel_operator.actions import Action, DeletePod, WriteAttempt
+from tpmodel_operator.actions import Action, DeletePod
 from tpmodel_operator.api import GangStatus, LastRestart, Recovery, Restart
 from tpmodel_operator.circumstances import Circumstances, grace_end
 from tpmodel_operator.faults import Fault
-from tpmodel_operator.gangs import Gang
+from tpmodel_operator.gangs import Gang, told
 from tpmodel_operator.observed import PodRecord
 
 GRACE_SECONDS = 5
@@ -80,8 +80,8 @@ def proceed(gang: Gang, status: GangStatus, around: Circumstances) -> Judged:
         status = status.model_copy(update=_as_new(restart))
     doomed = [pod for pod in gang.pods if pod.uid in restart.doomed]
     actions: list[Action] = []
-    if (gang.known_attempt or 0) < status.attempt:
-        actions.append(WriteAttempt(gang=gang.name, attempt=status.attempt))
+    if gang.is_behind(status):
+        actions.append(told(status))
     if not doomed:
         return Judged(status=status.model_copy(update={"restart": None}), actions=tuple(actions))
     actions += deletions(doomed, around)

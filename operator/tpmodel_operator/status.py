@@ -23,7 +23,7 @@ def build(model: TPModel, situation: Situation, leaving: list[GangStatus], now: 
         restarts=sum(gang.restarts_total for gang in gangs),
         revision=situation.revision,
         image=situation.image,
-        model_revision=model.status.model_revision,
+        model_revision=situation.model_revision,
         url=names.url(model.name, model.namespace),
         state=word(situation),
         gangs=gangs,

@@ -162,6 +162,36 @@ def test_a_download_is_alive_not_ready_and_seen_and_sigterm_ends_it_at_once(gang
     assert list((gang.folder.parent / "cache").glob("**/*.lock")) == []
 
 
+def test_the_commit_that_the_operator_left_word_of_is_used_whatever_the_branch_is_by_now(
+    gang: Gang, hub: HubServer
+) -> None:
+    hub.branch = "gone"
+    gang.word["model_revision"] = COMMIT
+    pod = gang.start(0)
+    pod.wait_ready()
+    assert pod.gang_status().model_revision == COMMIT
+    assert [path for path in hub.requests if "/revision/" in path] == [
+        f"/api/models/org/model/revision/{COMMIT}?blobs=true"
+    ]
+
+
+def test_a_pod_says_its_commit_and_ends_with_75_when_the_rollout_uses_another(gang: Gang, hub: HubServer) -> None:
+    """Two gangs' first pods found their branch at different commits: the one that the operator recorded stays."""
+    other = COMMIT[::-1]
+    hub.pause_per_chunk = 0.1
+    pod = gang.start(0)
+    assert downloading(pod).model_revision == COMMIT
+    hub.pause_per_chunk = 0.0
+    pod.wait_ready()
+    assert pod.gang_status().model_revision == COMMIT
+    pod.leave_word(model_revision=COMMIT)
+    time.sleep(6)
+    assert pod.health()
+    pod.leave_word(model_revision=other)
+    assert pod.wait_exit() == 75
+    assert pod.termination_message == f"the rollout uses commit {other} of hf://org/model, this pod has {COMMIT}"
+
+
 def test_a_download_without_progress_ends_the_pod_with_75(tmp_path: Path, hub: HubServer) -> None:
     released = threading.Event()
     hub.before_file = lambda _name: released.wait(60)

@@ -76,7 +76,7 @@ class GangPod:
         # Paths of Unix sockets are short.
         self._runtime = tempfile.TemporaryDirectory(prefix="gang-", dir="/tmp")
         (self.folder / "termination-log").touch()
-        (self.folder / "attempt").write_text(f"{attempt}\n")
+        self.leave_word(attempt=f"{attempt}\n", **gang.word)
         command = [sys.executable, "-c", _PROGRAM, *gang.arguments, *options]
         command += [f"--runtime-dir={self._runtime.name}", f"--attempt-file={self.folder / 'attempt'}"]
         environment = os.environ | gang.environment | {
@@ -99,6 +99,13 @@ class GangPod:
                 stdin=subprocess.DEVNULL,
                 env=environment,
             )
+
+    def leave_word(self, **files: str) -> None:
+        """What the operator leaves in the gang's ConfigMap, as it comes into the pod; `_` stands for `-`."""
+        for name, text in files.items():
+            new = self.folder / f"{name}.new"
+            new.write_text(text)
+            new.rename(self.folder / name.replace("_", "-"))
 
     @property
     def output(self) -> str:
@@ -198,6 +205,8 @@ class Gang:
         self.names_file = folder / "names.json"
         self.names: dict[str, str] = {}
         self.pods: list[GangPod] = []
+        self.word: dict[str, str] = {}
+        """What the operator has left for pods that start from now on, beside the attempt."""
         (folder / "token").write_text(TOKEN)
         self.arguments = [
             *(model or [f"--model-uri=file://{MODEL}", f"--model-path={MODEL}"]),

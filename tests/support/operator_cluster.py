@@ -21,7 +21,15 @@ from tpmodel_operator.actions import (
     WriteAttempt,
 )
 from tpmodel_operator.api import GangStatus, TPModel, TPModelSpec, TPModelStatus
-from tpmodel_operator.observed import ContainerEnd, NodeRecord, Observed, PodRecord, StatefulSetRecord
+from tpmodel_operator.observed import (
+    ContainerEnd,
+    GangReport,
+    NodeRecord,
+    Observed,
+    Orders,
+    PodRecord,
+    StatefulSetRecord,
+)
 from tpmodel_operator.settings import OperatorSettings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -56,6 +64,9 @@ class Cluster:
     """By UID."""
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
+    """What the gangs' ConfigMaps say, and the same of commits."""
+    commits: dict[str, str] = field(default_factory=dict)
+    reports: dict[str, GangReport] = field(default_factory=dict)
     tokens_missing: set[str] = field(default_factory=set)
     volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     largest_node: int | None = None
@@ -85,7 +96,11 @@ class Cluster:
             statefulsets=tuple(self.statefulsets.values()),
             pods=tuple(self.pods.values()),
             nodes={name: node for name, node in self.nodes.items() if self._is_of_interest(name)},
-            attempts=dict(self.attempts),
+            orders={
+                name: Orders(attempt=attempt, model_revision=self.commits.get(name, ""))
+                for name, attempt in self.attempts.items()
+            },
+            reports=self.reports,
             tokens_missing=frozenset(self.tokens_missing),
             volumes=self.volumes,
             largest_node=self.largest_node,
@@ -126,6 +141,7 @@ class Cluster:
                 self._ensure(action)
             case WriteAttempt():
                 self.attempts[action.gang] = max(action.attempt, self.attempts.get(action.gang, 0))
+                self._tell_commit(action.gang, action.model_revision)
             case DeletePod():
                 self.deletions.append(action)
                 self.delete_pod(action.uid, action.grace_seconds)
@@ -227,6 +243,7 @@ class Cluster:
 
     def _ensure(self, action: EnsureGang) -> None:
         self.attempts.setdefault(action.name, action.attempt)
+        self._tell_commit(action.name, action.model_revision)
         if action.name not in self.statefulsets:
             self.statefulsets[action.name] = StatefulSetRecord(
                 name=action.name,
@@ -240,6 +257,10 @@ class Cluster:
                 created=self.now,
             )
 
+    def _tell_commit(self, gang: str, commit: str) -> None:
+        if commit:
+            self.commits[gang] = commit
+
     def _delete_gang(self, action: DeleteGang) -> None:
         statefulset = self.statefulsets.get(action.name)
         if statefulset is not None and statefulset.uid == action.uid:
@@ -248,6 +269,7 @@ class Cluster:
                 if pod.gang == action.name:
                     self.delete_pod(pod.uid)
         self.attempts.pop(action.name, None)
+        self.commits.pop(action.name, None)
 
     def _make_pod(self, statefulset: StatefulSetRecord, index: int) -> None:
         uid = self._uid()

@@ -33,7 +33,7 @@ class ServeSettings:
     model_uri: str = ""
     """Where the model comes from, as users name it; hf://... is downloaded by the supervisor into cache_dir."""
     model_revision: str = ""
-    """Branch, tag or commit of an hf:// model."""
+    """Branch, tag or commit of an hf:// model; the commit, once it has been downloaded."""
     cache_dir: str = ""
     """Folder that may be shared with other pods and outlives them: downloads."""
 
@@ -55,6 +55,8 @@ class ServeSettings:
     pod_name: str = "local"
     address: str = "127.0.0.1"
     """IP of this pod, where its rank, supervisor and store ports listen."""
+    gang_dir: str = ""
+    """Folder in which the operator leaves word while the pod runs (gang_files.py); empty: there is no operator."""
     leader_host: str = ""
     """Name or IP of the leader pod, for the other pods."""
     token: str = ""

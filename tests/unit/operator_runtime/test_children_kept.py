@@ -6,7 +6,7 @@ from support.fake_kube import FakeKube
 from support.runtime_parts import Parts, create_model, run_pods, stored
 from tpmodel_operator.actions import DeleteGang, DeletePod, EnsureGang, WriteAttempt
 from tpmodel_operator.kube import CONFIG_MAPS, MODELS, SECRETS, ApiError
-from tpmodel_operator.observed import Observed
+from tpmodel_operator.observed import Observed, Orders
 
 
 async def started(**spec: object) -> tuple[FakeKube, Parts, str]:
@@ -43,15 +43,25 @@ async def test_an_attempt_that_another_process_raised_is_not_lowered():
     fake.put(CONFIG_MAPS, item | {"data": {"attempt": "7"}})
     await parts.applier.apply(seen, [WriteAttempt(gang=gang, attempt=2)])
     assert attempt(fake, gang) == "7"
-    assert await parts.attempts.read("default", gang) == 7
+    assert await parts.attempts.read("default", gang) == Orders(attempt=7)
+
+
+async def test_a_commit_is_written_beside_the_attempt_and_stays_when_that_rises():
+    fake, parts, gang = await started()
+    seen = await observed(parts)
+    await parts.applier.apply(seen, [WriteAttempt(gang=gang, attempt=1, model_revision="c" * 40)])
+    await parts.applier.apply(seen, [WriteAttempt(gang=gang, attempt=2)])
+    data = stored(fake, "configmaps")[f"{gang}-attempt"]["data"]
+    assert data == {"attempt": "2", "model-revision": "c" * 40}
+    assert await Parts(fake).attempts.read("default", gang) == Orders(attempt=2, model_revision="c" * 40)
 
 
 async def test_attempts_are_read_once():
     fake, _, gang = await started()
     fresh = Parts(fake)
     fake.calls.clear()
-    assert await fresh.attempts.read("default", gang) == 1
-    assert await fresh.attempts.read("default", gang) == 1
+    assert await fresh.attempts.read("default", gang) == Orders(attempt=1)
+    assert await fresh.attempts.read("default", gang) == Orders(attempt=1)
     assert len(fake.calls) == 1
     fresh.clock.now += 601
     await fresh.attempts.read("default", gang)

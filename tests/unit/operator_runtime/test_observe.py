@@ -4,6 +4,7 @@ from support.api_objects import condition
 from support.fake_kube import FakeKube
 from support.runtime_parts import Parts, create_model, run_pods, stored
 from tpmodel_operator.kube import CLAIMS, NODES, PODS
+from tpmodel_operator.observed import Orders
 
 
 def claim(fake: FakeKube, name: str, *modes: str) -> None:
@@ -53,4 +54,4 @@ async def test_nodes_are_read_only_while_a_pod_of_theirs_ends():
 
 async def test_attempts_of_all_gangs_are_there():
     fake, parts = await serving(replicas=2, rollout={"maxUnavailable": 2})
-    assert (await observe(parts)).attempts == dict.fromkeys(stored(fake, "statefulsets"), 1)
+    assert (await observe(parts)).orders == dict.fromkeys(stored(fake, "statefulsets"), Orders(attempt=1))

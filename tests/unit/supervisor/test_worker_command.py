@@ -101,6 +101,7 @@ def test_the_operators_command_line_becomes_settings(read: Read, files: list[str
         pod_index=1,
         device="cpu",
         attempt=7,
+        gang_dir=files[0].partition("=")[2].removesuffix("/attempt"),
         pod_uid="a-uid",
         pod_name="small-0-abc12-1",
         address="10.1.2.3",

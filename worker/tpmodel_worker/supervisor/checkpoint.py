@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.gang_files import read_model_revision
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.configuration import ConfigurationError
 from tpmodel_worker.supervisor.download import Download
@@ -36,7 +37,8 @@ async def obtain_checkpoint(settings: ServeSettings, health: HealthPort, on_even
         DownloadFailedError: another try may.
     """
     if settings.model_uri.startswith(SCHEME):
-        return dataclasses.replace(settings, model_path=str(await _download(settings, health, on_event)))
+        folder, commit = await _download(settings, health, on_event)
+        return dataclasses.replace(settings, model_path=str(folder), model_revision=commit)
     if settings.model_uri:
         _check_mounted(settings)
     return settings
@@ -56,10 +58,14 @@ def _check_mounted(settings: ServeSettings) -> None:
     )
 
 
-async def _download(settings: ServeSettings, health: HealthPort, on_event: EventListener) -> Path:
+async def _download(settings: ServeSettings, health: HealthPort, on_event: EventListener) -> tuple[Path, str]:
+    """The checkpoint's folder, and the commit that it is of."""
     if not settings.cache_dir:
         raise ConfigurationError(f"--model-uri {settings.model_uri} needs --cache-dir, a folder to download into")
     source = ModelSource.parse(settings.model_uri, settings.model_revision)
+    if commit := read_model_revision(settings.gang_dir):
+        # Another pod of the rollout has resolved the revision: what its branch is by now does not matter.
+        source = dataclasses.replace(source, revision=commit)
     hub = Hub(os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT, os.environ.get("HF_TOKEN", ""))
     with_weights = settings.load_format != "dummy"
     download = Download(
@@ -74,7 +80,7 @@ async def _download(settings: ServeSettings, health: HealthPort, on_event: Event
     )
     health.show(lambda: _status(settings, download))
     try:
-        return await _watch(download, settings.progress_deadline, on_event)
+        return await _watch(download, settings.progress_deadline, on_event), download.commit
     finally:
         hub.close()
 
@@ -162,5 +168,9 @@ def _status(settings: ServeSettings, download: Download) -> worker_pb2.GangStatu
         cause=f"waiting for {described.waiting_for}" if described.waiting_for else "",
     )
     return worker_pb2.GangStatusResponse(
-        engine=engine, pod=settings.pod_uid, attempt=settings.attempt, download=described
+        engine=engine,
+        pod=settings.pod_uid,
+        attempt=settings.attempt,
+        download=described,
+        model_revision=download.commit,
     )

@@ -155,6 +155,7 @@ def read_settings(options: dict[str, Any]) -> ServeSettings:
         device=options["device"],
         recovery_mode=options["recovery_mode"],
         attempt=_read_attempt(options["attempt_file"]),
+        gang_dir=str(Path(options["attempt_file"]).parent) if options["attempt_file"] else "",
         pod_uid=options["pod_uid"],
         pod_name=options["pod_name"] or options["pod_uid"],
         address=address,

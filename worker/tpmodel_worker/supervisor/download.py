@@ -85,6 +85,8 @@ class Download:
         self._space = space
         self._turn = Turn()
         self.progress = Progress(source=str(source))
+        self.commit = source.revision if source.is_commit else ""
+        """What the revision means; empty until the hub has said it."""
 
     def cancel(self) -> None:
         """Makes run() raise CancelledError, once its threads notice."""
@@ -108,6 +110,7 @@ class Download:
                 return complete  # needs no hub
             snapshot = self._resolve()
             target = self._target(snapshot.commit)
+            self.commit = snapshot.commit
             self.progress.source = f"hf://{self._source.repository}@{snapshot.commit}"
             self._folder.mkdir(parents=True, exist_ok=True)
             self._take_turns(snapshot, target)

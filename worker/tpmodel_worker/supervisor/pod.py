@@ -14,12 +14,14 @@ from tpmodel.v1 import worker_pb2
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK
 from tpmodel_worker.exit_codes import ExitCode
+from tpmodel_worker.gang_files import read_model_revision
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.entries import EntryPoints
 from tpmodel_worker.supervisor.events import Draining, EventListener, Output
 from tpmodel_worker.supervisor.executed import keep_fork_server
 from tpmodel_worker.supervisor.fork_client import ForkServer
 from tpmodel_worker.supervisor.forked import ForkedProcesses
+from tpmodel_worker.supervisor.hub import SCHEME
 from tpmodel_worker.supervisor.leader_lookup import Leader
 from tpmodel_worker.supervisor.lifecycle import Ending
 from tpmodel_worker.supervisor.memory import MemoryHolder
@@ -33,6 +35,7 @@ from tpmodel_worker.supervisor.spares import Spares
 from tpmodel_worker.supervisor.status import HealthPort, process_statuses
 
 _TICK_SECONDS = 0.5
+_REVISION_SECONDS = 5.0
 
 
 class Server(Protocol):
@@ -168,6 +171,8 @@ class Pod(abc.ABC):
             yield self._forked.keep(member)
         yield self._registration.run()
         yield self._watch_progress()
+        if self._is_of_hub:
+            yield self._watch_model_revision()
         yield self._watch_readiness()
         yield self._drain_when_asked()
 
@@ -221,7 +226,12 @@ class Pod(abc.ABC):
             pod=self._settings.pod_uid,
             attempt=self._settings.attempt,
             processes=process_statuses(self._table.processes),
+            model_revision=self._settings.model_revision if self._is_of_hub else "",
         )
+
+    @property
+    def _is_of_hub(self) -> bool:
+        return self._settings.model_uri.startswith(SCHEME)
 
     def _end(self, ending: Ending) -> None:
         if not self._ending.done():
@@ -248,6 +258,16 @@ class Pod(abc.ABC):
             if ending is not None:
                 self._end(ending)
             await asyncio.sleep(_TICK_SECONDS)
+
+    async def _watch_model_revision(self) -> None:
+        """Two gangs' first pods may have found their branch at different commits: the one that was recorded stays."""
+        mine = self._settings.model_revision
+        while True:
+            rollouts = read_model_revision(self._settings.gang_dir)
+            if rollouts not in ("", mine):
+                cause = f"the rollout uses commit {rollouts} of {self._settings.model_uri}, this pod has {mine}"
+                self._end(Ending(ExitCode.RESTART_GANG, cause))
+            await asyncio.sleep(_REVISION_SECONDS)
 
     async def _watch_readiness(self) -> None:
         while True:

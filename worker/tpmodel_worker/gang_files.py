@@ -1,0 +1,38 @@
+"""What the operator leaves word of in a gang's ConfigMap, beside the attempt, while the pods run.
+
+Kubernetes puts a new version in the place of the old one within about a minute and a half, by turning a symbolic link:
+files are opened by path at each look. One that is missing or cannot be read says nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+REBUILD = "rebuild"
+"""How often a user has asked for a new world since the gang was made: a whole number that only rises."""
+MODEL_REVISION = "model-revision"
+"""The commit that the rollout's hf:// model was resolved to, once that is known."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def read_rebuild(folder: str) -> int | None:
+    """The counter of requests; None where nothing is said. folder: ServeSettings.gang_dir, "" has no files."""
+    text = _read(folder, REBUILD)
+    return int(text) if text.isascii() and text.isdecimal() else None
+
+
+def read_model_revision(folder: str) -> str:
+    """The commit; "" where nothing is said."""
+    text = _read(folder, MODEL_REVISION)
+    return text if _COMMIT.fullmatch(text) else ""
+
+
+def _read(folder: str, name: str) -> str:
+    if not folder:
+        return ""
+    try:
+        return (Path(folder) / name).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
