@@ -66,6 +66,8 @@ def allowed(server: KubeApi, user: str, verb: str, resource: str, namespace: str
         ("delete", "policy/poddisruptionbudgets"),
         ("get", "persistentvolumeclaims"),
         ("get", "nodes"),
+        ("list", "nodes"),
+        ("get", "services"),
     ],
 )
 def test_the_operator_may_do_its_work_everywhere(server: KubeApi, verb: str, resource: str) -> None:
@@ -89,7 +91,7 @@ def test_the_operator_may_do_its_work_everywhere(server: KubeApi, verb: str, res
         ("list", "configmaps"),
         ("delete", "services"),
         ("create", "rbac.authorization.k8s.io/rolebindings"),
-        ("list", "nodes"),
+        ("watch", "nodes"),
         ("patch", "nodes"),
         ("update", "coordination.k8s.io/leases"),
     ],
