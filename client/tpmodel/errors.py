@@ -11,12 +11,14 @@ class TpmodelError(Exception):
     Attributes:
         code: name of the gRPC status code, such as "UNAVAILABLE".
         message: the server's words, which name the field and the remedy.
+        retry_after: seconds after which the server thinks that another try is worth it; None: it did not say.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(f"{message} ({code})")
         self.code = code
         self.message = message
+        self.retry_after = retry_after
 
 
 class InvalidRequestError(TpmodelError):
@@ -47,6 +49,7 @@ class WeightVersionError(TpmodelError):
     """The server's weights are not the ones that made the first part of a resumed stream."""
 
 
+_RETRY_METADATA = "retry-after-ms"
 _ERRORS: dict[grpc.StatusCode, type[TpmodelError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
@@ -63,4 +66,6 @@ def error_from(error: grpc.RpcError) -> TpmodelError:
     """The typed error for what gRPC raised."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
     code: grpc.StatusCode = error.code()
-    return _ERRORS.get(code, TpmodelError)(code.name, error.details() or "no details")
+    hint = str(dict(error.trailing_metadata() or ()).get(_RETRY_METADATA, ""))
+    retry_after = int(hint) / 1000 if hint.isascii() and hint.isdigit() else None
+    return _ERRORS.get(code, TpmodelError)(code.name, error.details() or "no details", retry_after=retry_after)

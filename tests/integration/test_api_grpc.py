@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.api_process import ApiUnderTest, api_under_test
 from support.scripted_engine import Exchange, replies
 from support.text_checkpoint import END
+from tpmodel.errors import UnavailableError, error_from
 from tpmodel.v1 import inference_pb2, inference_pb2_grpc, pod_pb2, worker_pb2
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -310,6 +311,22 @@ async def test_the_engines_refusal_keeps_its_code(
     api.engine.script = full
     error = await refusal(stub, prompt())
     assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "1024 requests wait already")
+
+
+async def test_a_failure_says_when_to_try_again(
+    api: ApiUnderTest, stub: inference_pb2_grpc.InferenceServiceAsyncStub
+) -> None:
+    """Of a request whose deadline passed while the world was being rebuilt."""
+
+    async def too_late(exchange: Exchange) -> None:
+        await exchange.fail(14, "the gang is rebuilding its world", retry_after_ms=2500)
+
+    api.engine.script = too_late
+    error = await refusal(stub, prompt())
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert dict(error.trailing_metadata() or ())["retry-after-ms"] == "2500"
+    typed = error_from(error)
+    assert (type(typed), typed.retry_after) == (UnavailableError, 2.5)
 
 
 async def test_ids_only(api: ApiUnderTest, stub: inference_pb2_grpc.InferenceServiceAsyncStub) -> None:

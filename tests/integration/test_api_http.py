@@ -100,6 +100,15 @@ async def test_several_prompts_with_several_samples_keep_their_order(
     assert streamed == expected
 
 
+async def test_a_failure_says_when_to_try_again(api: ApiUnderTest, http: httpx.AsyncClient) -> None:
+    async def too_late(exchange: Exchange) -> None:
+        await exchange.fail(14, "the gang is rebuilding its world", retry_after_ms=2500)
+
+    api.engine.script = too_late
+    reply = await http.post("/v1/completions", json={"model": MODEL, "prompt": "hello"})
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "3")
+
+
 async def test_ids_as_prompt_go_through_unchanged(api: ApiUnderTest, client: openai.AsyncOpenAI) -> None:
     await client.completions.create(model=MODEL, prompt=[5, 6, 7])
     assert list(api.engine.submits[-1].prompt_token_ids) == [5, 6, 7]

@@ -1,4 +1,4 @@
-"""What ends or restarts processes of one whole server, all of them real: nothing is left, the cause is told."""
+"""What ends or restarts processes of one whole server in mode Restart: nothing is left, the cause is told."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tpmodel import Client, Result, TpmodelError
 from tpmodel.local import LocalServer, free_ports
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 
-OPTIONS = ["--dtype", "float32", "--kv-cache-memory", "4M", "--log-format", "text"]
+OPTIONS = ["--dtype", "float32", "--kv-cache-memory", "4M", "--log-format", "text", "--recovery", "restart"]
 PROMPT = list(range(10, 40))
 SAMPLING = {"temperature": 1.0, "seed": 3, "ignore_eos": True}
 WHOLE_CONTEXT = 900

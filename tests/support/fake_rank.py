@@ -53,6 +53,7 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
         self.requests: list[worker_pb2.SessionRequest] = []
         self.sessions: list[FakeSession] = []
         self.aborts: list[worker_pb2.AbortRequest] = []
+        self.ignores_aborts = False
         self.pings = 0
         self.busy: worker_pb2.Busy | None = None
         self.highest_epoch = 0
@@ -62,6 +63,7 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
         self.checksum: Callable[[int], int] = lambda seq: seq * 2654435761 % 2**32
         self.model: SimulatedRank | None = None
         self.port = 0
+        self.pid = 1000 + rank
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -78,10 +80,19 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
             await self._server.stop(grace=None)
             self._server = None
 
+    async def restart(self) -> None:
+        """Another process in its place, which knows nothing of what was before."""
+        await self.stop()
+        self.port = 0
+        self.pid += 100
+        self.on, self.ignores_aborts = dict(HEALTHY), False
+        self.sessions, self.requests, self.model, self.highest_epoch = [], [], None, 0
+        await self.start()
+
     @property
     def endpoint(self) -> RankEndpoint:
         """Where the engine finds it."""
-        return RankEndpoint(self.rank, "127.0.0.1", self.port, "local", 1000 + self.rank)
+        return RankEndpoint(self.rank, "127.0.0.1", self.port, "local", self.pid)
 
     def names(self) -> list[str]:
         """The kinds of all requests received, in order."""
@@ -119,6 +130,8 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Abort(self, request: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:  # noqa: N802
         self.aborts.append(request)
+        if self.ignores_aborts:
+            await asyncio.Event().wait()
         self.highest_epoch = max(self.highest_epoch, request.epoch)
         for session in self.sessions:
             if session.epoch <= request.epoch:
@@ -254,7 +267,7 @@ class FakeGang:
             address="127.0.0.1",
             attempt=attempt,
             ranks=[
-                worker_pb2.RankAddress(rank=rank.rank, pid=1000 + rank.rank, port=rank.port)
+                worker_pb2.RankAddress(rank=rank.rank, pid=rank.pid, port=rank.port)
                 for rank in self.ranks
                 if rank.rank not in without
             ],

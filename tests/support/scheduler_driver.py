@@ -11,7 +11,7 @@ from zlib import crc32
 from support.simulated_rank import SimulatedRank, true_outputs
 from tpmodel.v1 import inference_pb2, worker_pb2
 from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
-from tpmodel_worker.engine.requests import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED
+from tpmodel_worker.engine.requests import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE
 from tpmodel_worker.engine.scheduler import RefusedError, Request, Scheduler, SchedulerConfig, SequenceOutput
 
 VOCABULARY = 9
@@ -129,6 +129,9 @@ class SchedulerDriver:
         self._step_seconds = step_seconds
         self._seq = 0
         self._replies: deque[tuple[int, worker_pb2.GenerateStepOk]] = deque()
+        self._patience: float | None = None
+        self._held_until: dict[Hashable, float] = {}
+        """Between two worlds: when requests without a deadline of their own give up."""
         self._committed_hashes: set[bytes] = set()
 
     # ------------------------------------------------------------------------------ what can happen
@@ -152,6 +155,8 @@ class SchedulerDriver:
             self._note_committed(request, resumed)
             resolved.sample_index += 1
         self.expected[request.key] = ExpectedRequest(request, samples)
+        if self._patience is not None:
+            self._held_until[request.key] = self.now + self._patience
         self._take(self.scheduler.take_outputs())
         return True
 
@@ -194,12 +199,28 @@ class SchedulerDriver:
     def advance(self, seconds: float) -> None:
         self.now += seconds
         self._take(self.scheduler.expire())
-        for expected in self.expected.values():
-            deadline = expected.request.deadline
+        for key, expected in self.expected.items():
+            deadline = self._deadline_of(key)
             assert not expected.open or deadline is None or deadline > self.now
 
+    def _deadline_of(self, key: Hashable) -> float | None:
+        own = self.expected[key].request.deadline
+        return own if own is not None else self._held_until.get(key)
+
+    def lose_world(self, patience: float) -> None:
+        """The world is lost, with all replies on their way; nothing is planned until rebuild."""
+        self._replies.clear()
+        replayed = self.scheduler.hold(patience)
+        assert set(replayed) == {key for key in self.open_keys if self.expected[key].admitted}
+        self._held_until = dict.fromkeys(self.open_keys, self.now + patience)
+        self._patience = patience
+        assert self.scheduler.next_plan(self._seq + 1) is None
+        assert self.scheduler.running == self.scheduler.blocks_used == 0
+        self.check_queue()
+
     def rebuild(self, num_blocks: int) -> None:
-        """The world is lost, with all replies on their way; another takes its place."""
+        """The world is lost, with all replies on their way, or was before; another takes its place."""
+        self._held_until, self._patience = {}, None
         self.config = dataclasses.replace(self.config, num_blocks=num_blocks)
         self._replies.clear()
         self._seq = 0
@@ -259,6 +280,10 @@ class SchedulerDriver:
             assert block_hash is None or block_hash in self._committed_hashes, f"block {block} has uncommitted ids"
             assert block_hash is None or self.config.prefix_cache
         assert self.scheduler.blocks_used == pool.used <= self.scheduler.blocks_total
+        self.check_queue()
+
+    def check_queue(self) -> None:
+        """Every live request is somewhere, once."""
         open_requests = sum(expected.open for expected in self.expected.values())
         assert self.scheduler.running + self.scheduler.waiting == open_requests
 
@@ -301,9 +326,11 @@ class SchedulerDriver:
         assert output.error is not None
         assert expected.open, "an error for a request that has ended"
         code = output.error[0]
-        if code == DEADLINE_EXCEEDED:
-            assert expected.request.deadline is not None
-            assert expected.request.deadline <= self.now
+        if code in (DEADLINE_EXCEEDED, UNAVAILABLE):
+            deadline = self._deadline_of(output.key)
+            assert deadline is not None
+            assert deadline <= self.now
+            assert (code == UNAVAILABLE) == (self._patience is not None) == (output.retry_after > 0)
         elif code == RESOURCE_EXHAUSTED:
             prompt = len(expected.request.prompt_token_ids)
             longest = max(prompt + len(sample.received) for sample in expected.samples.values() if sample.open)

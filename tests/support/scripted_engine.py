@@ -37,8 +37,9 @@ class Exchange:
             pod_pb2.Output(sample_index=sample_index, token_ids=token_ids, finish_reason=finish, logprobs=logprobs)
         )
 
-    async def fail(self, code: int, message: str) -> None:
-        await self.send(pod_pb2.Output(error=pod_pb2.RequestError(code=code, message=message)))
+    async def fail(self, code: int, message: str, *, retry_after_ms: int = 0) -> None:
+        error = pod_pb2.RequestError(code=code, message=message, retry_after_ms=retry_after_ms)
+        await self.send(pod_pb2.Output(error=error))
 
     async def send(self, *outputs: pod_pb2.Output) -> None:
         for output in outputs:

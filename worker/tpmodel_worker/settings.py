@@ -45,11 +45,12 @@ class ServeSettings:
     """0 is the leader pod, which has the engine and faces the clients."""
     device: Device = "cpu"
     communicator: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
-    recovery_mode: Literal["Restart"] = "Restart"
-    """What a fault of the serving world does: every pod ends with 75, and the gang is started again."""
     respawn: Literal["cold", "fork", "spare"] = "fork"
     """How a rank's process comes about: cold by a new interpreter, fork from one that has imported torch, spare by
     promoting a process that was forked ahead and, on CUDA, has a context on every device of its pod."""
+    recovery_mode: Literal["Restart", "InPlace"] = "Restart"
+    """What a fault of the serving world does. Restart: every pod ends with 75, and the gang is started again.
+    InPlace: dead processes are replaced, the world is rebuilt at the next epoch, and requests go on."""
     attempt: int = 1
     pod_uid: str = "local"
     pod_name: str = "local"
@@ -73,6 +74,16 @@ class ServeSettings:
     prefix_cache: bool = True
     queue_limit: int = 1024
     """Requests that may wait; one more is RESOURCE_EXHAUSTED."""
+
+    # Rebuilding in place.
+    rebuild_wait: float = 60.0
+    """Seconds that a request without a deadline of its own waits for a rebuild before it fails UNAVAILABLE."""
+    rebuild_limit: int = 10
+    """Rebuilds, counted over restarts of engine and container, after which the gang restarts (75)."""
+    rebuild_stability_window: float = 300.0
+    """Seconds of serving that give the whole rebuild_limit back."""
+    state_dir: str = ""
+    """Folder that outlives the container but not the pod, for the count of rebuilds; empty: runtime_dir."""
 
     # Where clients come in.
     host: str = "127.0.0.1"
@@ -102,6 +113,11 @@ class ServeSettings:
     runtime_dir: str = ""
     """Short-lived folder of this pod: Unix sockets, metrics files."""
     log_format: Literal["auto", "json", "text"] = "auto"
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether a lost world is rebuilt in place."""
+        return self.recovery_mode == "InPlace"
 
     @property
     def least_step_deadline(self) -> float:
@@ -138,6 +154,11 @@ class ServeSettings:
     def rank_socket(self) -> Path:
         """The supervisor listens here for its ranks (pod.proto: RankLinkRequest, RankLinkResponse)."""
         return Path(self.runtime_dir) / "rank.sock"
+
+    @property
+    def rebuilds_file(self) -> Path:
+        """Where the engine counts rebuilds."""
+        return Path(self.state_dir or self.runtime_dir) / f"rebuilds-{self.pod_uid}.json"
 
     @property
     def metrics_dir(self) -> Path:

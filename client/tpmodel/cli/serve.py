@@ -62,6 +62,12 @@ class ByteSize(click.ParamType):
 @click.option("--api-key", default=None, help="Clients must send it; default: $TPMODEL_API_KEY.")
 @click.option("--respawn", type=click.Choice(["cold", "fork", "spare"]), default="fork", show_default=True,
               help="A rank's new process: a new interpreter, a fork, or a process that waits for it.")  # fmt: skip
+@click.option("--recovery", type=click.Choice(["in-place", "restart"]), default="in-place", show_default=True,
+              help="A rank that dies: rebuild around it and go on with all streams, or end with 75.")  # fmt: skip
+@click.option("--rebuild-wait", type=click.FloatRange(min=0), default=60.0, show_default=True,
+              help="Seconds that a request without a deadline waits for a rebuild.")  # fmt: skip
+@click.option("--rebuild-limit", type=click.IntRange(min=0), default=10, show_default=True,
+              help="Rebuilds without 5 minutes of serving between them; one more ends the server.")  # fmt: skip
 @click.option("--step-deadline", type=click.FloatRange(min=0), default=0.0,
               help="Least seconds before a step counts as hung; default: 5, on CPU 30.")  # fmt: skip
 @click.option("--drain-timeout", type=float, default=120.0, show_default=True, help="Seconds for streams to finish.")
@@ -110,6 +116,9 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         world_size=options["tp"],
         device=device,
         communicator=options["communicator"],
+        recovery_mode="InPlace" if options["recovery"] == "in-place" else "Restart",
+        rebuild_wait=options["rebuild_wait"],
+        rebuild_limit=options["rebuild_limit"],
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
         block_size=options["block_size"],
@@ -124,8 +133,8 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         metrics_port=options["metrics_port"],
         api_processes=options["api_processes"],
         respawn=options["respawn"],
-        step_deadline=options["step_deadline"],
         api_key=options["api_key"] or os.environ.get("TPMODEL_API_KEY", ""),
+        step_deadline=options["step_deadline"],
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],
         runtime_dir=os.path.abspath(options["runtime_dir"]) if options["runtime_dir"] else "",  # noqa: PTH100

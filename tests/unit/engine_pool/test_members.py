@@ -94,3 +94,19 @@ async def test_change_wakes_who_waits_for_it() -> None:
     members.register(registration("a", {0: 10}))
     assert await waiting
     assert not await members.changed(members.version, 0.01)
+
+
+def test_a_rank_that_is_lost_is_missing_until_its_pod_presents_another_process() -> None:
+    """W19, W25: news of a process that was replaced before changes nothing."""
+    members = Members(2, attempt=1)
+    members.register(registration("a", {0: 10, 1: 11}, rendezvous="10.0.0.1:99"))
+    version = members.version
+    assert not members.lost(1, 999)
+    assert members.version == version
+    pid = members.endpoints[1].pid
+    assert members.lost(1, pid)
+    assert members.complete is None
+    assert members.missing == ["rank 1"]
+    assert not members.lost(1, pid)
+    assert members.register(registration("a", {0: 10, 1: 12}, rendezvous="10.0.0.1:99"))
+    assert members.complete is not None

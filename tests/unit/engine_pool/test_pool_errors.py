@@ -14,6 +14,8 @@ from tpmodel_worker.engine.errors import (
 )
 
 BROKEN = RankFailure(2, "disk is gone", worker_pb2.ERROR_KIND_BAD_CHECKPOINT)
+POISONED = RankFailure(1, "illegal memory access", worker_pb2.ERROR_KIND_DEVICE_POISONED)
+EXITED = RankFailure(0, "killed by SIGKILL", closed=True, exited=True)
 CRASHED = closed_before_reply(0, "UNAVAILABLE: Socket closed")
 
 
@@ -55,8 +57,18 @@ def test_later_accounts_are_attached_and_the_first_of_each_rank_stays() -> None:
         (PoolError("x", engine=StepDeadlineError("late"), ranks=[BROKEN]), "step_deadline"),
         (PoolError("x", ranks=[BROKEN]), "bad_checkpoint"),
         (PoolError("x", ranks=[BROKEN, CRASHED]), "session_closed"),
+        (PoolError("x", ranks=[CRASHED, EXITED]), "rank_exited"),
+        (PoolError("x", ranks=[EXITED, POISONED]), "device_poisoned"),
         (PoolError("x"), "internal"),
     ],
 )
 def test_fault_has_one_word_for_metrics(error: PoolError, kind: str) -> None:
     assert error.fault_kind == kind
+
+
+def test_what_became_of_a_process_says_more_than_a_broken_session_and_less_than_the_rank_itself() -> None:
+    """P12."""
+    error = PoolError("a session has ended", ranks=[CRASHED]).with_exit(EXITED)
+    assert str(error) == "a session has ended: rank 0: killed by SIGKILL"
+    spoke = PoolError("plan 3 failed", ranks=[POISONED])
+    assert spoke.with_exit(RankFailure(1, "killed by SIGKILL", closed=True, exited=True)) is spoke

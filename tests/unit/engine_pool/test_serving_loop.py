@@ -92,14 +92,13 @@ class Bench:
         self.status = EngineStatus("engine-1", 1, "model", 64)
         self.scheduler = Scheduler(CONFIG, clock=time.time, weight_version=0)
         self.loop = ServingLoop(
-            cast("Pool", self.pool),
             self.scheduler,
             wake=self.wake,
             sink=self._take,
             status=self.status,
             metrics=EngineMetrics(self.registry),
         )
-        self.running = asyncio.create_task(self.loop.run())
+        self.running = asyncio.create_task(self.loop.run(cast("Pool", self.pool)))
 
     def _take(self, outputs: Sequence[SequenceOutput]) -> None:
         self.pool.log.append("outputs")
@@ -212,16 +211,15 @@ async def test_answer_that_fits_no_plan_is_a_fault(bench: Bench) -> None:
     bench.loop.submit(request(1))
     await turn()
     bench.pool.answer_wrongly()
-    error = await asyncio.wait_for(bench.running, 1.0)
-    assert error is not None
-    assert "does not fit" in str(error)
+    await asyncio.wait_for(bench.running, 1.0)
+    assert "does not fit" in str(bench.pool.error)
 
 
 async def test_fault_of_the_pool_ends_the_loop_and_requests_fail_when_told(bench: Bench) -> None:
     bench.loop.submit(request(1))
     await turn()
     bench.pool.fault("rank 1 died", RuntimeError("x"))
-    assert await asyncio.wait_for(bench.running, 1.0) is bench.pool.error
+    await asyncio.wait_for(bench.running, 1.0)
     bench.loop.fail_all("world lost")
     assert bench.outputs[-1].error == (14, "world lost")
 

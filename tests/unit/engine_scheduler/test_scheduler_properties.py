@@ -76,6 +76,17 @@ def cancel_something(driver: SchedulerDriver, choices: random.Random) -> None:
     driver.cancel(key, choices.choice([None, *samples]))
 
 
+def lose_and_rebuild(driver: SchedulerDriver, choices: random.Random, key: int) -> None:
+    """A fault of the world; requests come, leave and run out of time before the next one."""
+    driver.lose_world(choices.choice([1.0, 30.0]))
+    for more in range(choices.choice([0, 1, 4])):
+        driver.submit(make_request(choices, key + more, driver.config.max_model_len, driver.now))
+        if driver.open_keys and choices.random() < 0.2:
+            cancel_something(driver, choices)
+        driver.advance(choices.choice([0.0, 0.3, 2.0]))
+    driver.rebuild(choices.choice([6, driver.config.num_blocks, 60]))
+
+
 def run_random_events(seed: int, events: int) -> SchedulerDriver:
     choices = random.Random(seed)
     config = make_config(choices)
@@ -91,7 +102,7 @@ def run_random_events(seed: int, events: int) -> SchedulerDriver:
         elif happening < arrivals + 0.05:
             driver.advance(choices.uniform(0, 3))
         elif happening < arrivals + 0.053:
-            driver.rebuild(choices.choice([6, config.num_blocks, 60]))
+            lose_and_rebuild(driver, choices, key=10_000 + 10 * event)
         elif happening < arrivals + 0.055:
             driver.fail_all()
         elif driver.outstanding_plans <= delay and driver.send_plan():
@@ -158,6 +169,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 10))
     def advance(self, seconds: float) -> None:
         self.driver.advance(seconds)
+
+    @rule(choices=st.randoms(use_true_random=False))
+    def lose_and_rebuild(self, choices: random.Random) -> None:
+        self.key += 10
+        lose_and_rebuild(self.driver, choices, self.key - 9)
 
     @rule(num_blocks=st.sampled_from([6, 24, 60]))
     def rebuild(self, num_blocks: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.supervisor.lifecycle import Ending
-from tpmodel_worker.supervisor.progress import PodWatch, WorldWatch
+from tpmodel_worker.supervisor.progress import PodWatch, RebuildPatience, WorldWatch
 
 GONE = Ending(ExitCode.RESTART_GANG, "no progress for 10 s: the leader of attempt 3 at gang-0.pods is gone")
 
@@ -111,3 +111,21 @@ def test_a_worker_pod_whose_ranks_do_not_come_up_gives_up() -> None:
     assert watch.observe(1, 2, False, 19) == Ending(
         ExitCode.RESTART_GANG, "no progress for 10 s: only 1 of this pod's 2 ranks have come up"
     )
+
+
+def test_a_leader_that_rebuilds_counts_as_serving_for_ten_seconds() -> None:
+    """DESIGN section 4."""
+    patience = RebuildPatience()
+    serving = worker_pb2.EngineState(phase=worker_pb2.PHASE_SERVING)
+    rebuilding = worker_pb2.EngineState(phase=worker_pb2.PHASE_REBUILDING)
+    assert patience.observe(serving, 0.0)
+    assert patience.left(0.0) is None
+    assert patience.observe(rebuilding, 1.0)
+    assert patience.left(4.0) == 7.0
+    assert patience.observe(rebuilding, 10.9)
+    assert not patience.observe(rebuilding, 11.0)
+    assert patience.left(11.0) is None
+    assert patience.observe(serving, 12.0)
+    assert patience.observe(rebuilding, 13.0)
+    assert not patience.observe(None, 13.1)
+    assert not patience.observe(worker_pb2.EngineState(phase=worker_pb2.PHASE_FORMING), 13.2)

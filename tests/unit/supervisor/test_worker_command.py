@@ -148,7 +148,6 @@ def test_a_mounted_model_is_called_as_its_uri_ends(read: Read, files: list[str],
         (["--ranks-per-pod=4"], "--pod-index 1: 4 ranks, 4 in each pod, are pods 0 to 0"),
         (["--leader-host="], "--leader-host is needed in pod 1"),
         (["--token-file="], "--token-file is needed"),
-        (["--recovery-mode=InPlace"], "--recovery-mode InPlace is not there yet: give Restart"),
         (["--pod-ip=a-name"], "--pod-ip a-name: give an IP address, not a name"),
         (["--model-path="], "--model-path is needed: the folder where pvc://models/llama/small is mounted"),
         (["--model-uri=hf://org/name"], "--cache-dir is needed to download hf://org/name"),
@@ -218,7 +217,6 @@ def test_a_refusal_is_one_line_with_64_in_the_termination_message_too(tmp_path: 
     for flags, line in (
         (["--device=tpu"], "Invalid value for '--device': 'tpu' is not one of 'cpu', 'cuda'."),
         (["--speed=11"], "No such option '--speed'. Did you mean '--served-name'?"),
-        (["--recovery-mode=InPlace"], "--recovery-mode InPlace is not there yet: give Restart"),
     ):
         arguments = [*GANG, *MOUNTED, "--token-file=/dev/null", *flags]
         ran = subprocess.run(

@@ -47,7 +47,7 @@ class OutputQueue:
         if self._error is not None:
             return False
         if output.HasField("error"):
-            self.fail(ApiError.from_number(output.error.code, output.error.message))
+            self.fail(ApiError.from_engine(output.error))
             return False
         self._pending_bytes += output.ByteSize()
         if self._pending_bytes > self._limit:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from tpmodel.v1 import inference_pb2, inference_pb2_grpc
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.api.engine_link import EngineLink
-from tpmodel_worker.api.errors import ApiError, invalid
+from tpmodel_worker.api.errors import RETRY_METADATA, ApiError, invalid
 from tpmodel_worker.api.generation import Generation
 from tpmodel_worker.api.health import INFERENCE_SERVICE, HealthServicer
 from tpmodel_worker.api.metrics import ApiMetrics
@@ -168,5 +168,6 @@ def _deadline(context: grpc.aio.ServicerContext) -> float | None:
 
 async def _abort(context: grpc.aio.ServicerContext, error: ApiError, request_id: str = "") -> Never:
     logger.info("%s: %s", error.code.name, error.message, extra={"request_id": request_id})
-    await context.abort(error.code, error.message)
+    hint = () if error.retry_after is None else ((RETRY_METADATA, str(round(1000 * error.retry_after))),)
+    await context.abort(error.code, error.message, hint)
     raise AssertionError("abort() raises")

@@ -245,7 +245,8 @@ class ApiKeyCheck:
 def error_response(error: ApiError) -> JSONResponse:
     """The error in the shape that OpenAI clients read."""
     status = _HTTP_STATUS.get(error.code, 500)
-    return JSONResponse(_error_body(error, status), status_code=status)
+    headers = {} if error.retry_after is None else {"retry-after": str(math.ceil(error.retry_after))}
+    return JSONResponse(_error_body(error, status), status_code=status, headers=headers)
 
 
 def _error_body(error: ApiError, status: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tpmodel_worker.engine.exchange import Patience
 from tpmodel_worker.engine.members import Membership
 from tpmodel_worker.engine.plans import PlanTimes
 from tpmodel_worker.engine.pool import Pool, PoolTimeouts
-from tpmodel_worker.engine.session import RankChannel
+from tpmodel_worker.engine.session import RankChannel, RankEndpoint
 from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.settings import ServeSettings
 
@@ -35,16 +35,26 @@ _STATUS_SECONDS = 5.0
 _JOIN_GRACE_SECONDS = 5.0
 """What the engine waits beyond the time that ranks have to join: they say best themselves what failed."""
 
-Stage = Literal["join", "load"]
+Stage = Literal["meet", "join", "load"]
+"""Where a build failed: before an epoch was begun, before the ranks were one world, or after."""
+
+
+PhaseListener = Callable[[str], None]
+
+
+def _ignore(_phase: str) -> None:
+    """Nobody wants to know."""
 
 
 class BuildError(Exception):
     """No world came of this attempt; everything it had opened is closed."""
 
-    def __init__(self, stage: Stage, error: PoolError) -> None:
+    def __init__(self, stage: Stage, error: PoolError, *, to_replace: Sequence[RankEndpoint] = ()) -> None:
+        """to_replace: ranks whose processes are of no use any more."""
         super().__init__(str(error))
         self.stage: Stage = stage
         self.error = error
+        self.to_replace = to_replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +83,26 @@ class WorldBuilder:
         self._timeouts = timeouts
         self._times = PlanTimes(settings.least_step_deadline)
         self._last_epoch = epoch_floor(settings.attempt)
+        self._checkpoint: Checkpoint | None = None
+        self.pool: Pool | None = None
+        """The newest one: of the world that is built, or being built."""
 
-    async def build(self, membership: Membership) -> BuiltWorld:
-        """Takes every rank through the build. Raises BuildError or ConfigurationError, with nothing left open."""
+    async def build(
+        self, membership: Membership, *, on_phase: PhaseListener = _ignore, num_blocks: int = 0
+    ) -> BuiltWorld:
+        """Takes every rank through the build. Raises BuildError or ConfigurationError, with nothing left open.
+
+        Args:
+            membership: all ranks.
+            on_phase: told what begins: init, check, map, clear.
+            num_blocks: KV blocks that a world before this one had; ranks that are still there then keep their cache,
+                and their weights also when others fail to load. 0: it is the first one.
+        """
         settings = self._settings
-        checkpoint = await asyncio.to_thread(read_checkpoint, Path(settings.model_path), settings.load_format)
+        if self._checkpoint is None:
+            # Once: ranks that have their weights need no file, and neither does a rebuild.
+            folder = Path(settings.model_path)
+            self._checkpoint = await asyncio.to_thread(read_checkpoint, folder, settings.load_format)
         channels = [RankChannel(endpoint, settings.token) for endpoint in membership.ranks]
         pool: Pool | None = None
         built = False
@@ -93,10 +118,18 @@ class WorldBuilder:
                 wake=self._wake,
                 timeouts=self._timeouts,
             )
-            await self._join(pool, membership)
-            num_blocks = await self._load(pool, checkpoint)
+            self.pool = pool
+            on_phase("init")
+            await self._join(pool, membership, on_phase)
+            on_phase("map")
+            num_blocks = await self._load(pool, self._checkpoint, on_phase, num_blocks)
             built = True
             return BuiltWorld(pool, num_blocks)
+        except BuildError as error:
+            if pool is not None:
+                await pool.abort("the world could not be built")
+                error.to_replace = pool.to_replace
+            raise
         finally:
             if not built:
                 if pool is not None:
@@ -110,7 +143,9 @@ class WorldBuilder:
         answers = await asyncio.gather(*(_get_status(channel) for channel in channels))
         failures = [answer for answer in answers if isinstance(answer, RankFailure)]
         if failures:
-            raise BuildError("join", PoolError("get_status failed", ranks=failures))
+            silent = {failure.rank for failure in failures if failure.kind == worker_pb2.ERROR_KIND_DEADLINE}
+            hung = [channel.endpoint for channel in channels if channel.endpoint.rank in silent]
+            raise BuildError("meet", PoolError("get_status failed", ranks=failures), to_replace=hung)
         highest = self._last_epoch
         for answer in answers:
             if isinstance(answer, worker_pb2.GetStatusResponse):
@@ -118,10 +153,10 @@ class WorldBuilder:
                 self._status.set_device(answer.rank, answer.device)
         if (seen := attempt_of(highest)) != self._settings.attempt:
             message = f"a rank has seen attempt {seen}, this engine is of attempt {self._settings.attempt}"
-            raise BuildError("join", PoolError("the engine is outdated", engine=StaleAttemptError(message)))
+            raise BuildError("meet", PoolError("the engine is outdated", engine=StaleAttemptError(message)))
         return highest + 1
 
-    async def _join(self, pool: Pool, membership: Membership) -> None:
+    async def _join(self, pool: Pool, membership: Membership, on_phase: PhaseListener) -> None:
         settings = self._settings
         requests = [
             worker_pb2.InitRequest(
@@ -139,6 +174,7 @@ class WorldBuilder:
         patience = Patience(settings.init_timeout + _JOIN_GRACE_SECONDS)
         try:
             replies = await pool.control(requests, patience, collective=True)
+            on_phase("check")
             await pool.sanity_check(patience)
         except PoolError as error:
             raise BuildError("join", error) from error
@@ -147,16 +183,17 @@ class WorldBuilder:
         seconds = max(reply.init_ok.seconds for reply in replies)
         logger.info("%d ranks joined by %s in %.2f s", pool.world_size, names[0], seconds, extra={"epoch": pool.epoch})
 
-    async def _load(self, pool: Pool, checkpoint: Checkpoint) -> int:
-        """Loads the shards and empties the caches; the KV blocks that every rank has."""
-        self._status.set_phase(worker_pb2.PHASE_LOADING)
+    async def _load(self, pool: Pool, checkpoint: Checkpoint, on_phase: PhaseListener, before: int) -> int:
+        """Loads the shards and empties the caches; the KV blocks that every rank has. before: that it had."""
+        if not before:
+            self._status.set_phase(worker_pb2.PHASE_LOADING)
         self._status.set_rank_states("loading")
         requests = [self._load_request(checkpoint)] * pool.world_size
         patience = Patience(self._settings.progress_deadline, progress_counts=True)
         try:
             replies = await pool.control(requests, patience, on_progress=LoadProgress(self._status, pool.world_size))
         except PoolError as error:
-            if pool.error is None:
+            if pool.error is None and not before:
                 await _drop_shards(pool)
             raise BuildError("load", error) from error
         loaded = [reply.load_dense_shard_ok for reply in replies]
@@ -173,7 +210,10 @@ class WorldBuilder:
                 extra={"epoch": pool.epoch, "rank": rank},
             )
         num_blocks = min(shard.kv_blocks_available for shard in loaded)
+        if before:
+            num_blocks = min(num_blocks, before)
         self._check_capacity(num_blocks, loaded[0].kv_block_bytes)
+        on_phase("clear")
         try:
             await pool.clear_kv_cache(num_blocks)
         except PoolError as error:
@@ -240,7 +280,9 @@ async def _get_status(channel: RankChannel) -> worker_pb2.GetStatusResponse | Ra
     try:
         return await channel.get_status(_STATUS_SECONDS)
     except grpc.aio.AioRpcError as error:
-        return RankFailure(channel.endpoint.rank, f"does not answer GetStatus ({error.code().name}: {error.details()})")
+        message = f"does not answer GetStatus ({error.code().name}: {error.details()})"
+        silent = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        return RankFailure(channel.endpoint.rank, message, worker_pb2.ERROR_KIND_DEADLINE if silent else None)
     except WrongRankError as error:
         return RankFailure(channel.endpoint.rank, str(error))
 

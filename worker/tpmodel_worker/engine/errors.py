@@ -58,6 +58,8 @@ class RankFailure:
     """What the rank itself called it; None where the rank gave no answer at all."""
     closed: bool = False
     """The session to the rank has ended."""
+    exited: bool = False
+    """Its supervisor says that the process has ended."""
 
     def __str__(self) -> str:
         if self.kind is None:
@@ -97,11 +99,21 @@ class PoolError(Exception):
         added = [failure for failure in failures if failure.rank not in known]
         return PoolError(self.what, engine=self.engine, ranks=[*self.ranks, *added]) if added else self
 
+    def with_exit(self, failure: RankFailure) -> PoolError:
+        """The same failure with what became of a rank's process, unless the rank itself gave an account."""
+        others = [known for known in self.ranks if known.rank != failure.rank]
+        spoke = any(known.rank == failure.rank and known.kind is not None for known in self.ranks)
+        return self if spoke else PoolError(self.what, engine=self.engine, ranks=[*others, failure])
+
     @property
     def fault_kind(self) -> str:
         """One word for metrics and fault lists: what went wrong first."""
         if self.engine is not None and (name := _FAULT_KINDS.get(type(self.engine))):
             return name
+        if fatal := self.kinds & FATAL_KINDS:
+            return kind_name(min(fatal))
+        if any(failure.exited for failure in self.ranks):
+            return "rank_exited"
         if any(failure.closed for failure in self.ranks):
             return "session_closed"
         # Ranks that were aborted since another one failed say nothing about the cause.
@@ -110,6 +122,9 @@ class PoolError(Exception):
         ]
         return kind_name(reported[0]) if reported else "internal"
 
+
+FATAL_KINDS = frozenset({worker_pb2.ERROR_KIND_DEVICE_POISONED})
+"""Errors after which a rank's process is of no more use."""
 
 _FAULT_KINDS: dict[type[Exception], str] = {
     ChecksumError: "checksum",

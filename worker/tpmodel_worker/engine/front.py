@@ -223,3 +223,4 @@ def _fill(target: pod_pb2.Output, handle: int, output: SequenceOutput) -> None:
         target.admitted.weight_version = output.admitted.weight_version
     if output.error is not None:
         target.error.code, target.error.message = output.error
+        target.error.retry_after_ms = round(1000 * output.retry_after)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 
-from tpmodel_worker.engine.errors import PoolError
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.planner import PlanCounts
 from tpmodel_worker.engine.pool import Pool
-from tpmodel_worker.engine.requests import ProtocolError, Request, SequenceOutput
+from tpmodel_worker.engine.replay import Replay
+from tpmodel_worker.engine.requests import UNAVAILABLE, ProtocolError, Request, SchedulerConfig, SequenceOutput
 from tpmodel_worker.engine.scheduler import Scheduler
 from tpmodel_worker.engine.status import COUNTER_SECONDS, EngineStatus
 
 logger = logging.getLogger(__name__)
 
-UNAVAILABLE = 14
-"""google.rpc.Code of a request that another gang, or this one later, may serve."""
-
 Sink = Callable[[Sequence[SequenceOutput]], None]
 
 
 class ServingLoop:
-    """Keeps two plans outstanding while there is work.
+    """Keeps two plans outstanding while there is work; goes on with the same requests over any number of worlds.
 
     One pass commits the replies that have come, makes and sends plans, and only then hands the outputs
     on: nothing stands between a reply and the next plan.
@@ -32,7 +30,6 @@ class ServingLoop:
 
     def __init__(
         self,
-        pool: Pool,
         scheduler: Scheduler,
         *,
         wake: asyncio.Event,
@@ -40,8 +37,7 @@ class ServingLoop:
         status: EngineStatus,
         metrics: EngineMetrics,
     ) -> None:
-        """wake: set by the pool, and by whoever hands requests in; sink gets every output."""
-        self._pool = pool
+        """wake: set by the pools, and by whoever hands requests in; sink gets every output."""
         self._scheduler = scheduler
         self._wake = wake
         self._sink = sink
@@ -51,6 +47,7 @@ class ServingLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._published = PlanCounts()
+        self._replay: Replay | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -64,30 +61,43 @@ class ServingLoop:
     def cancel(self, key: Hashable, sample_index: int | None = None) -> bool:
         """Ends a request or one sample without output; its blocks go with the next plan. False: not live."""
         cancelled = self._scheduler.cancel(key, sample_index)
+        if self._replay is not None and sample_index is None:
+            self._replay.forget(key)
         self._wake.set()
         return cancelled
 
-    async def run(self) -> PoolError | None:
-        """Serves until a fault ends the world (returned) or stop() is called (None)."""
-        publisher = asyncio.create_task(self._publish(), name="counters")
-        try:
-            while not self._stopping:
+    async def run(self, pool: Pool, replay: Replay | None = None) -> None:
+        """Serves until a fault ends the world (pool.error says so) or stop() is called.
+
+        replay: told how far the requests of the world before are.
+        """
+        self._replay = replay
+        async with self._publishing():
+            while not self._stopping and pool.error is None:
                 self._wake.clear()
-                if self._pool.error is not None:
-                    return await self._pool.failed()
-                outputs = self._step()
-                if outputs:
-                    self._sink(outputs)
-                self._set_timer()
-                if not self._scheduler.has_work:
-                    self._idle.set()
+                self._pass_on(self._step(pool))
                 await self._wake.wait()
-            return None
-        finally:
-            publisher.cancel()
-            if self._timer is not None:
-                self._timer.cancel()
-            self._publish_once()
+
+    async def hold(self) -> None:
+        """Between two worlds: requests wait, and fail when their time is over. Runs until cancelled."""
+        async with self._publishing():
+            while True:
+                self._wake.clear()
+                self._pass_on(self._scheduler.expire(time.time()))
+                await self._wake.wait()
+
+    def suspend(self, patience: float) -> list[Hashable]:
+        """The world is lost: everything waits for the next one. As Scheduler.hold."""
+        return self._scheduler.hold(patience)
+
+    def resume(self, config: SchedulerConfig) -> None:
+        """A new world, with an empty cache, takes all requests over."""
+        self._scheduler.rebuild(config)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether stop() was called."""
+        return self._stopping
 
     def stop(self) -> None:
         """Makes run() return; plans outstanding are left to settle()."""
@@ -96,7 +106,7 @@ class ServingLoop:
 
     def fail_all(self, message: str) -> None:
         """Ends every live request with UNAVAILABLE."""
-        self._sink(self._scheduler.fail_all(UNAVAILABLE, message))
+        self._pass_on(self._scheduler.fail_all(UNAVAILABLE, message))
 
     async def idle(self, timeout: float) -> bool:
         """Waits until no request is live; False when that is not so in time."""
@@ -106,16 +116,25 @@ class ServingLoop:
             return False
         return True
 
-    def _step(self) -> list[SequenceOutput]:
+    def _pass_on(self, outputs: Sequence[SequenceOutput]) -> None:
+        if self._replay is not None and self._replay.observe(outputs):
+            self._replay = None
+        if outputs:
+            self._sink(outputs)
+        self._set_timer()
+        if not self._scheduler.has_work:
+            self._idle.set()
+
+    def _step(self, pool: Pool) -> list[SequenceOutput]:
         outputs: list[SequenceOutput] = []
-        for seq, reply in self._pool.take_replies():
+        for seq, reply in pool.take_replies():
             try:
                 outputs += self._scheduler.commit(seq, reply)
             except ProtocolError as error:
-                self._pool.fault("an answer does not fit the plans", error)
+                pool.fault("an answer does not fit the plans", error)
                 break
             self._metrics.step_seconds.observe(reply.seconds)
-        self._send_plans()
+        self._send_plans(pool)
         outputs += self._scheduler.take_outputs()
         deadline = self._scheduler.next_deadline
         if deadline is not None and deadline <= time.time():
@@ -125,14 +144,14 @@ class ServingLoop:
             self._metrics.generated_tokens.inc(tokens)
         return outputs
 
-    def _send_plans(self) -> None:
-        while self._pool.may_send_plan:
+    def _send_plans(self, pool: Pool) -> None:
+        while pool.may_send_plan:
             begun = time.thread_time()
-            plan = self._scheduler.next_plan(self._pool.next_seq)
+            plan = self._scheduler.next_plan(pool.next_seq)
             if plan is None:
                 return
             spent = time.thread_time() - begun
-            size = self._pool.send_plan(plan)
+            size = pool.send_plan(plan)
             self._metrics.plan_seconds.observe(spent)
             self._metrics.plan_bytes.observe(size)
 
@@ -151,6 +170,18 @@ class ServingLoop:
         # The two clocks may differ by a little: a deadline that is not past yet is timed again.
         self._timer_at = 0.0
         self._wake.set()
+
+    @contextlib.asynccontextmanager
+    async def _publishing(self) -> AsyncIterator[None]:
+        publisher = asyncio.create_task(self._publish(), name="counters")
+        try:
+            yield
+        finally:
+            publisher.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = 0.0
+            self._publish_once()
 
     async def _publish(self) -> None:
         while True:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.engine.session import RankEndpoint
 
 
@@ -40,6 +41,8 @@ class _Pod:
     name: str
     endpoints: tuple[RankEndpoint, ...]
     rendezvous: str
+    supervisor: str
+    """host:port of its SupervisorService; "" where it has none."""
 
 
 class Members:
@@ -70,7 +73,8 @@ class Members:
         )
         if len({endpoint.rank for endpoint in endpoints}) != len(endpoints):
             raise RegistrationError("a rank is named twice")
-        pod = _Pod(request.pod_name or request.pod_uid, endpoints, request.rendezvous)
+        supervisor = join_host_port(request.address, request.supervisor_port) if request.supervisor_port else ""
+        pod = _Pod(request.pod_name or request.pod_uid, endpoints, request.rendezvous, supervisor)
         if self._pods.get(request.pod_uid) == pod:
             return False
         # The pod that a rank moved away from is gone, even if nobody has said so.
@@ -79,9 +83,27 @@ class Members:
             if any(endpoint.rank in claimed for endpoint in other.endpoints):
                 del self._pods[uid]
         self._pods[request.pod_uid] = pod
+        self._note_change()
+        return True
+
+    def lost(self, rank: int, pid: int) -> bool:
+        """A rank's process has ended: its pod must present another one. False: it was not registered."""
+        for uid, pod in self._pods.items():
+            left = tuple(endpoint for endpoint in pod.endpoints if (endpoint.rank, endpoint.pid) != (rank, pid))
+            if left != pod.endpoints:
+                self._pods[uid] = replace(pod, endpoints=left)
+                self._note_change()
+                return True
+        return False
+
+    def _note_change(self) -> None:
         self.version += 1
         self._changed.set()
-        return True
+
+    @property
+    def supervisors(self) -> dict[str, str]:
+        """Where the supervisors of the registered pods listen, by pod UID."""
+        return {uid: pod.supervisor for uid, pod in self._pods.items() if pod.supervisor}
 
     def has_pod(self, uid: str) -> bool:
         """Whether a pod is registered."""

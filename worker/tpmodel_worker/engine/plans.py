@@ -149,6 +149,10 @@ class PlanWindow:
             times.append(self._head_since + self._times.allowance(self._outstanding[0].size))
         return max(min(times), self._extended_until) if times else None
 
+    def silence(self, now: float) -> float:
+        """Seconds that the oldest plan has been under way; 0 while none is."""
+        return now - self._head_since if self._outstanding else 0.0
+
     def extend(self, until: float) -> None:
         """A rank has a reason to be slow: nothing is due before `until`."""
         self._extended_until = max(self._extended_until, until)

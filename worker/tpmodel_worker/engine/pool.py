@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.engine.abort import abort_everywhere
 from tpmodel_worker.engine.errors import (
+    FATAL_KINDS,
     ChecksumError,
     PoolError,
     ProtocolError,
@@ -30,7 +31,7 @@ from tpmodel_worker.engine.exchange import (
     wrap,
 )
 from tpmodel_worker.engine.plans import PlanTimes, PlanWindow
-from tpmodel_worker.engine.session import RankChannel, Session
+from tpmodel_worker.engine.session import RankChannel, RankEndpoint, Session
 from tpmodel_worker.engine.watch import watch_steps
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class Pool:
         self._replies: deque[tuple[int, worker_pb2.GenerateStepOk]] = deque()
         self._exchange: ControlExchange | None = None
         self._error: PoolError | None = None
+        self._silence = 0.0
+        self._unconfirmed: frozenset[int] = frozenset()
         self._abort: asyncio.Task[None] | None = None
         self._leaving = False
         self._close: asyncio.Task[None] | None = None
@@ -234,6 +237,19 @@ class Pool:
         """The fault that ended this epoch; failed() waits for everybody's account of it."""
         return self._error
 
+    @property
+    def detection_seconds(self) -> float:
+        """From the last sign of life to the fault; 0: no plan was under way."""
+        return self._silence
+
+    @property
+    def to_replace(self) -> list[RankEndpoint]:
+        """After the abort: ranks that did not confirm it, or whose device is lost. Their processes are of no use."""
+        failures = self._error.ranks if self._error is not None else ()
+        broken = {failure.rank for failure in failures if failure.kind in FATAL_KINDS}
+        gone = {failure.rank for failure in failures if failure.exited}
+        return [self._channels[rank].endpoint for rank in sorted((self._unconfirmed | broken) - gone)]
+
     def send_plan(self, plan: worker_pb2.GenerateStepRequest) -> int:
         """Sends a plan to every rank as next_seq and returns its bytes; never waits. Needs may_send_plan."""
         if not self.may_send_plan:
@@ -334,6 +350,16 @@ class Pool:
         """The engine has found that this world can't go on: aborts it on every rank, in the background."""
         self._fault(what, engine=cause)
 
+    def rank_exited(self, rank: int, pid: int, how: str) -> None:
+        """A supervisor has seen the end of a process; nothing happens if it was not this epoch's."""
+        if self._leaving or self._channels[rank].endpoint.pid != pid:
+            return
+        failure = RankFailure(rank, how, closed=True, exited=True)
+        if self._error is not None:
+            self._error = self._error.with_exit(failure)
+        elif self._exchange is None:
+            self._fault("a rank's process has ended", ranks=[failure])
+
     async def failed(self) -> PoolError:
         """Waits until every rank has left the epoch or was given up, and returns the whole error."""
         if self._abort is not None:
@@ -387,6 +413,7 @@ class Pool:
             self._error = self._error.with_ranks(news)
             return
         self._error = PoolError(what, engine=engine, ranks=ranks)
+        self._silence = self._window.silence(time.monotonic())
         self._log_local_failure(self._error)
         self._begin_abort(str(self._error))
         self._notify()
@@ -399,6 +426,7 @@ class Pool:
         unconfirmed = await abort_everywhere(
             self._channels, self._sessions, epoch=self.epoch, reason=reason, drain_seconds=self._timeouts.drain
         )
+        self._unconfirmed = frozenset(failure.rank for failure in unconfirmed)
         if self._error is not None:
             self._error = self._error.with_ranks(unconfirmed)
 

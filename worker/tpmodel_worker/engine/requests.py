@@ -12,6 +12,8 @@ from tpmodel.v1 import inference_pb2, worker_pb2
 INVALID_ARGUMENT = 3
 DEADLINE_EXCEEDED = 4
 RESOURCE_EXHAUSTED = 8
+UNAVAILABLE = 14
+"""Another gang, or this one later, may serve the request."""
 
 MAX_STEPS = 8
 """Most decode steps that any plan may have."""
@@ -99,6 +101,8 @@ class SequenceOutput:
     """Set once for a request, before any of its tokens."""
     error: tuple[int, str] | None = None
     """google.rpc.Code and message: the whole request failed, nothing follows for the key."""
+    retry_after: float = 0.0
+    """With an error: seconds after which another try is worth it; 0: nothing is known of that."""
 
 
 class RefusedError(Exception):

@@ -12,6 +12,7 @@ from tpmodel_worker.engine.planner import Draft, PlanCounts, Planner
 from tpmodel_worker.engine.requests import (
     DEADLINE_EXCEEDED,
     RESOURCE_EXHAUSTED,
+    UNAVAILABLE,
     Admitted,
     InvalidRequestError,
     NeverFitsError,
@@ -40,6 +41,9 @@ __all__ = [
     "SequenceOutput",
 ]
 
+
+RETRY_AFTER_SECONDS = 5.0
+"""The hint to whoever waited for a rebuild in vain."""
 
 _FINISH_REASONS: dict[int, inference_pb2.FinishReason.ValueType] = {
     worker_pb2.FINISHED_STOP: inference_pb2.FINISH_REASON_STOP,
@@ -74,6 +78,7 @@ class Scheduler:
         self._arrivals = 0
         self._never_admitted = 0
         self._next_deadline: float | None = None
+        self._patience: float | None = None
         self._outputs: list[SequenceOutput] = []
 
     # ------------------------------------------------------------------------------ requests in
@@ -98,7 +103,9 @@ class Scheduler:
         self._never_admitted += 1
         for sample in state.samples:
             self._placement.enqueue(sample)
-        self._note_deadline(request.deadline)
+        if self._patience is not None:
+            state.held_until = self._clock() + self._patience
+        self._note_deadline(_deadline_of(state))
 
     def _check(self, request: Request) -> None:
         config = self._config
@@ -147,6 +154,8 @@ class Scheduler:
 
         A plan that only releases slots has steps = 0 and ack_now: rank 0's answer goes to commit too.
         """
+        if self._patience is not None:
+            return None
         self._expire(self._clock())
         draft = self._make_draft()
         while draft.does_not_fit and draft.is_empty:
@@ -234,7 +243,10 @@ class Scheduler:
     # ------------------------------------------------------------------------------------- ends
 
     def expire(self, now: float | None = None) -> list[SequenceOutput]:
-        """Fails every request whose deadline has passed with DEADLINE_EXCEEDED. now: unix seconds, else the clock's."""
+        """Fails every request whose deadline has passed: with DEADLINE_EXCEEDED, between two worlds with UNAVAILABLE.
+
+        now: unix seconds, else the clock's.
+        """
         self._expire(self._clock() if now is None else now)
         return self.take_outputs()
 
@@ -243,11 +255,14 @@ class Scheduler:
             return
         self._next_deadline = None
         for state in list(self._requests.values()):
-            deadline = state.request.deadline
-            if deadline is not None and deadline <= now:
+            deadline = _deadline_of(state)
+            if deadline is None or deadline > now:
+                self._note_deadline(deadline)
+            elif self._patience is None:
                 self._fail(state, DEADLINE_EXCEEDED, "the request's deadline has passed")
             else:
-                self._note_deadline(deadline)
+                message = "the gang is rebuilding its world, and the request's time to wait for that is over"
+                self._fail(state, UNAVAILABLE, message, retry_after=RETRY_AFTER_SECONDS)
 
     def _note_deadline(self, deadline: float | None) -> None:
         if deadline is not None and (self._next_deadline is None or deadline < self._next_deadline):
@@ -259,10 +274,11 @@ class Scheduler:
             self._fail(state, code, message)
         return self.take_outputs()
 
-    def _fail(self, state: RequestState, code: int, message: str) -> None:
+    def _fail(self, state: RequestState, code: int, message: str, *, retry_after: float = 0.0) -> None:
         self._end_request(state)
         first = state.samples[0].sample_index
-        self._outputs.append(SequenceOutput(state.request.key, first, error=(code, message)))
+        output = SequenceOutput(state.request.key, first, error=(code, message), retry_after=retry_after)
+        self._outputs.append(output)
 
     def _end_request(self, state: RequestState) -> None:
         for sample in state.samples:
@@ -276,12 +292,36 @@ class Scheduler:
             del self._requests[state.request.key]
             self._never_admitted -= not state.admitted
 
+    # --------------------------------------------------------------------------- between two worlds
+
+    def hold(self, patience: float) -> list[Hashable]:
+        """The world is lost: nothing is planned until `rebuild`, and everything waits.
+
+        patience: seconds that a request without a deadline of its own waits. Requests that come meanwhile
+        are queued as always. Returns the keys of those that had been admitted: they will be replayed.
+        """
+        self._patience = patience
+        self._requeue_everything(self._config)
+        self._next_deadline = None
+        for state in self._requests.values():
+            state.held_until = self._clock() + patience
+            self._note_deadline(_deadline_of(state))
+        return [key for key, state in self._requests.items() if state.admitted]
+
     def rebuild(self, config: SchedulerConfig) -> None:
         """A new epoch: outstanding plans are forgotten, KV and prefix cache start empty.
 
         What ran goes back to the queue, where its arrival puts it before what has waited, and is
         recomputed from its prompt and committed tokens. Plans made from now on may count seq from 1.
         """
+        self._patience = None
+        self._requeue_everything(config)
+        self._next_deadline = None
+        for state in self._requests.values():
+            state.held_until = None
+            self._note_deadline(state.request.deadline)
+
+    def _requeue_everything(self, config: SchedulerConfig) -> None:
         self._ledger.forget()
         self._config = config
         self._placement = Placement(config, weight_version=self._weight_version)
@@ -339,6 +379,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a request is live or a release is still to be sent; next_plan may yet be waiting for replies."""
         return bool(self._requests) or self._placement.releases_pending
+
+
+def _deadline_of(state: RequestState) -> float | None:
+    """Unix seconds: its own, else the one that a rebuild gave it."""
+    return state.request.deadline if state.request.deadline is not None else state.held_until
 
 
 def _reason_to_end(state: RequestState) -> inference_pb2.FinishReason.ValueType | None:

@@ -34,6 +34,8 @@ class RequestState:
     samples_in_slots: int = 0
     admitted: bool = False
     """Whether a sample ever held a slot."""
+    held_until: float | None = None
+    """While there is no world: unix seconds at which a request without a deadline gives up waiting for one."""
 
 
 @dataclass(slots=True, eq=False)

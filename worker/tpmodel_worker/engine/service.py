@@ -11,22 +11,24 @@ from typing import ClassVar
 import grpc
 
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import WorldBuilder
 from tpmodel_worker.engine.control import GangService, start_control_server
 from tpmodel_worker.engine.front import Front, Key
-from tpmodel_worker.engine.loop import UNAVAILABLE
 from tpmodel_worker.engine.members import Members
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.pool import PoolTimeouts
 from tpmodel_worker.engine.report import SupervisorLink
-from tpmodel_worker.engine.requests import RefusedError, Request
+from tpmodel_worker.engine.requests import UNAVAILABLE, RefusedError, Request
 from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.engine.supervisors import Supervisors
 from tpmodel_worker.engine.world import NOT_BUILT, World
 from tpmodel_worker.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 10.0
+_NEEDS_RANKS = (worker_pb2.PHASE_LOADING, worker_pb2.PHASE_SERVING, worker_pb2.PHASE_REBUILDING)
 
 
 class UnavailableError(RefusedError):
@@ -45,10 +47,20 @@ class Engine:
         self._wake = asyncio.Event()
         self._members = Members(settings.world_size, settings.attempt, settings.model_path)
         self._front = Front(settings.front_socket, self, self.status)
+        self._supervisors = Supervisors(
+            settings.token, settings.attempt, on_exit=self._rank_exited, on_failure=logger.warning
+        )
         self.world = World(
             settings,
             WorldBuilder(settings, status=self.status, wake=self._wake.set, timeouts=timeouts),
             self._members,
+            self._supervisors,
+            RebuildBudget(
+                settings.rebuilds_file,
+                attempt=settings.attempt,
+                limit=settings.rebuild_limit,
+                stability_window=settings.rebuild_stability_window,
+            ),
             wake=self._wake,
             sink=self._front.deliver,
             status=self.status,
@@ -108,6 +120,18 @@ class Engine:
 
     def members_changed(self) -> None:
         """A registration brought something new."""
+        self._show_members()
+        if self._settings.rebuilds:
+            self._supervisors.follow(self._members.supervisors)
+
+    def _rank_exited(self, rank: int, pid: int, how: str) -> None:
+        if self._members.lost(rank, pid):
+            level = logging.WARNING if self.status.phase in _NEEDS_RANKS else logging.INFO
+            logger.log(level, "rank %d: %s", rank, how, extra={"epoch": self.status.state.epoch, "rank": rank})
+            self._show_members()
+            self.world.rank_exited(rank, pid, how)
+
+    def _show_members(self) -> None:
         self.status.set_members(
             worker_pb2.RankState(rank=endpoint.rank, pid=endpoint.pid, pod=endpoint.pod, state="connected")
             for endpoint in self._members.endpoints.values()
@@ -121,6 +145,7 @@ class Engine:
         if self.world.loop is not None:
             self.world.loop.fail_all("the engine was stopped")
         await self._end_world()
+        await self._supervisors.close()
         await self._front.stop()
         if self._control is not None:
             await self._control.stop(grace=0)

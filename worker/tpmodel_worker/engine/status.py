@@ -11,7 +11,12 @@ from tpmodel.v1 import worker_pb2
 COUNTER_SECONDS = 0.1
 """Changes of counters are told at most this often."""
 MAX_FAULTS = 16
+MAX_REBUILDS = 8
 _MAX_CAUSE = 2000
+_FAILED = frozenset({worker_pb2.PHASE_FAILED})
+_DRAINS = frozenset({worker_pb2.PHASE_DRAINING, worker_pb2.PHASE_DRAINED})
+# Which phases are not left for another one.
+_ENDS = dict.fromkeys((worker_pb2.PHASE_REBUILDING, worker_pb2.PHASE_SERVING), _FAILED | _DRAINS)
 
 Listener = Callable[[worker_pb2.EngineState], None]
 
@@ -48,8 +53,11 @@ class EngineStatus:
         return lambda: self._listeners.remove(listener)
 
     def set_phase(self, phase: worker_pb2.Phase.ValueType, *, exit_code: int = 0, cause: str = "") -> None:
-        """Enters a phase; exit_code belongs to PHASE_FAILED, cause to it and to the drain. A failed world stays so."""
-        if self._state.phase == worker_pb2.PHASE_FAILED:
+        """Enters a phase; exit_code belongs to PHASE_FAILED, cause to it, to the drain and to a rebuild.
+
+        A failed world stays so, and one that drains goes on to do so while it is rebuilt.
+        """
+        if self._state.phase in _ENDS.get(phase, _FAILED):
             return
         self._state.phase = phase
         self._state.exit_code = exit_code
@@ -118,13 +126,34 @@ class EngineStatus:
             state.running, state.waiting, state.kv_blocks_used = running, waiting, kv_blocks_used
             self._tell_soon()
 
-    def add_fault(self, kind: str, message: str) -> None:
-        """Remembers a fault; the last 16 are kept."""
+    def add_fault(self, kind: str, message: str, *, detection_seconds: float = 0.0) -> None:
+        """Remembers a fault; the last 16 are kept. detection_seconds: since the last sign of life."""
         fault = worker_pb2.Fault(
-            unix_seconds=time.time(), epoch=self._state.epoch, kind=kind, message=message[:_MAX_CAUSE]
+            unix_seconds=time.time(),
+            epoch=self._state.epoch,
+            kind=kind,
+            message=message[:_MAX_CAUSE],
+            detection_seconds=detection_seconds,
         )
         self._state.last_faults.append(fault)
         del self._state.last_faults[:-MAX_FAULTS]
+        self._tell()
+
+    def count_rebuild(self, left: int) -> None:
+        """A rebuild has begun; so many more are allowed."""
+        self._state.rebuilds += 1
+        self._state.rebuilds_left = left
+        self._tell()
+
+    def set_rebuilds_left(self, left: int) -> None:
+        """How many rebuilds are allowed."""
+        self._state.rebuilds_left = left
+        self._tell_soon()
+
+    def add_rebuild(self, rebuild: worker_pb2.Rebuild) -> None:
+        """Remembers a rebuild that led to a world; the last 8 are kept."""
+        self._state.last_rebuilds.append(rebuild)
+        del self._state.last_rebuilds[:-MAX_REBUILDS]
         self._tell()
 
     def _count_ready(self) -> None:

@@ -1,4 +1,4 @@
-"""The life of the world: forming, loading, serving, failed."""
+"""The life of the world: forming, loading, serving, rebuilding, failed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterable
 
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.attempts import STALE
+from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import BuildError, BuiltWorld, WorldBuilder
 from tpmodel_worker.engine.errors import ConfigurationError, PoolError, RankFailure, StaleAttemptError
 from tpmodel_worker.engine.loop import ServingLoop, Sink
 from tpmodel_worker.engine.members import Members, Membership
 from tpmodel_worker.engine.metrics import EngineMetrics
+from tpmodel_worker.engine.rebuild import Rebuilder, RebuildsSpentError
+from tpmodel_worker.engine.recovery import Recovery
+from tpmodel_worker.engine.replay import Replay
 from tpmodel_worker.engine.scheduler import Scheduler, SchedulerConfig
 from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.engine.supervisors import Supervisors
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.settings import ServeSettings
 
@@ -41,7 +46,8 @@ class World:
     """Forms the world whenever every rank is there, serves with it, and says so when it is lost for good.
 
     A world is built only of complete gangs, and is built when every rank has confirmed all of it. What
-    fails before that is tried again: at once when a registration changes, else with growing pauses.
+    fails before that is tried again: at once when a registration changes, else with growing pauses. What
+    fails while it serves ends it in mode Restart; in mode InPlace the next epoch takes its place.
     """
 
     def __init__(
@@ -49,6 +55,8 @@ class World:
         settings: ServeSettings,
         builder: WorldBuilder,
         members: Members,
+        supervisors: Supervisors,
+        budget: RebuildBudget,
         *,
         wake: asyncio.Event,
         sink: Sink,
@@ -65,6 +73,26 @@ class World:
         self._status = status
         self._metrics = metrics
         self._clock = clock
+        self._budget = budget
+        self._rebuilder = Rebuilder(
+            builder,
+            members,
+            supervisors,
+            budget,
+            status=status,
+            metrics=metrics,
+            clock=clock,
+            judge=self._give_up,
+        )
+        self._recovery = Recovery(
+            self._rebuilder,
+            budget,
+            patience=settings.rebuild_wait,
+            status=status,
+            metrics=metrics,
+            clock=clock,
+            faults=self,
+        )
         self._building = asyncio.Lock()
         self._built: BuiltWorld | None = None
         self._loop: ServingLoop | None = None
@@ -83,15 +111,11 @@ class World:
     async def run(self) -> None:
         """Forms and serves; returns after stop(), or when the world has failed for good (PHASE_FAILED)."""
         built = await self._form()
-        if built is None:
-            return
+        if built is not None and not self._failed:
+            await self._serve(built)
         if self._failed:
-            await self.close()
-            return
-        error = await self._serve(built)
-        if error is not None:
-            self._note_fault(error)
-            self._fail(ExitCode.RESTART_GANG, f"the serving world failed: {error}{self._pods_of(error.ranks)}")
+            if self._loop is not None:
+                self._loop.fail_all(f"{NOT_BUILT}: the world failed")
             await self.close()
 
     async def build(self, membership: Membership) -> BuiltWorld:
@@ -103,14 +127,21 @@ class World:
 
     def fail_as_stale(self, message: str) -> None:
         """Gives up for good, whatever the world is doing: another set of pods has taken its place."""
-        self._fail(ExitCode.RESTART_GANG, f"{STALE}{message}")
+        self.fail(ExitCode.RESTART_GANG, f"{STALE}{message}")
         if self._built is not None:
             self._built.pool.fault("the engine is outdated", StaleAttemptError(message))
+        self._recovery.cancel()
+
+    def rank_exited(self, rank: int, pid: int, how: str) -> None:
+        """A supervisor has seen the end of a rank's process."""
+        if self._builder.pool is not None:
+            self._builder.pool.rank_exited(rank, pid, how)
 
     def stop(self) -> None:
-        """Ends serving; the ranks stay until close()."""
+        """Ends serving, or rebuilding; the ranks stay until close()."""
         if self._loop is not None:
             self._loop.stop()
+        self._recovery.cancel()
 
     async def close(self) -> None:
         """Says Bye to the ranks of a built world; bounded, idempotent."""
@@ -122,6 +153,13 @@ class World:
 
     async def _form(self) -> BuiltWorld | None:
         """Waits for members and builds, until that succeeds; None when no further attempt is worth it."""
+        if self._settings.rebuilds and self._budget.world_was_lost:
+            # The engine of a world that served is gone: this one's first world is a rebuild of that.
+            try:
+                await self._rebuilder.spend("the engine ended while its world served")
+            except RebuildsSpentError as error:
+                self.fail(ExitCode.RESTART_GANG, str(error))
+                return None
         backoff = _FIRST_BACKOFF_SECONDS
         failed = False
         while not self._failed:
@@ -133,11 +171,13 @@ class World:
             try:
                 return await self.build(membership)
             except ConfigurationError as error:
-                self._fail(ExitCode.CONFIGURATION, str(error))
+                self.fail(ExitCode.CONFIGURATION, str(error))
                 return None
             except BuildError as error:
                 if self._give_up(error):
                     return None
+                if self._settings.rebuilds:
+                    await self._rebuilder.replace(error.to_replace)
             failed = True
             logger.warning("%s: trying again in %.1f s, or when a registration changes", NOT_BUILT, backoff)
             changed = await self._members.changed(membership.version, backoff)
@@ -160,43 +200,57 @@ class World:
         """Judges a failed build: True when the world has failed for good."""
         error = failure.error
         logger.warning("the world could not be built: %s", error, extra={"epoch": self._status.state.epoch})
-        self._note_fault(error)
+        self.note(error)
         if isinstance(error.engine, StaleAttemptError):
             self.fail_as_stale(str(error.engine))
             return True
         if error.kinds & _CONFIGURATION_KINDS:
-            self._fail(ExitCode.CONFIGURATION, str(error))
+            self.fail(ExitCode.CONFIGURATION, str(error))
             return True
-        if failure.stage == "join":
+        if failure.stage != "load":
             return False
-        self._load_attempts += 1
+        self._load_attempts += self._loop is None  # a rebuild has a budget of its own
         if isinstance(error.engine, TimeoutError):
             seconds = self._settings.progress_deadline
-            self._fail(ExitCode.RESTART_GANG, f"loading made no progress for {seconds:g} s: {error}")
+            self.fail(ExitCode.RESTART_GANG, f"loading made no progress for {seconds:g} s: {error}")
             return True
         if self._load_attempts >= MAX_LOAD_ATTEMPTS:
-            self._fail(ExitCode.RESTART_GANG, f"loading failed {self._load_attempts} times, last: {error}")
+            self.fail(ExitCode.RESTART_GANG, f"loading failed {self._load_attempts} times, last: {error}")
             return True
         return False
 
     # ------------------------------------------------------------------------------------- serving
 
-    async def _serve(self, built: BuiltWorld) -> PoolError | None:
-        settings = self._settings
-        config = SchedulerConfig(
-            num_blocks=built.num_blocks,
-            block_size=settings.block_size,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=settings.max_model_len,
-            queue_limit=settings.queue_limit,
-            prefix_cache=settings.prefix_cache,
+    async def _serve(self, built: BuiltWorld) -> None:
+        """Serves with this world and those that take its place, until stop() or the end for good."""
+        scheduler = Scheduler(
+            self._scheduler_config(built), clock=self._clock, weight_version=self._status.state.weight_version
         )
-        scheduler = Scheduler(config, clock=self._clock, weight_version=self._status.state.weight_version)
-        loop = ServingLoop(
-            built.pool, scheduler, wake=self._wake, sink=self._sink, status=self._status, metrics=self._metrics
-        )
+        loop = ServingLoop(scheduler, wake=self._wake, sink=self._sink, status=self._status, metrics=self._metrics)
         self._loop = loop
+        replay: Replay | None = None
+        while True:
+            self._begin_to_serve(built)
+            await loop.run(built.pool, replay)
+            if built.pool.error is None:
+                return
+            if not self._settings.rebuilds or self._failed:
+                self._loop = None
+                error = await built.pool.failed()
+                loop.fail_all(f"{NOT_BUILT}: the world failed")
+                self.fail(ExitCode.RESTART_GANG, f"the serving world failed: {self.note(error)}")
+                return
+            self._built = None
+            recovered = await self._recovery.run(built, loop)
+            if recovered is None:
+                return
+            built, times, keys = recovered
+            self._built = built
+            loop.resume(self._scheduler_config(built))
+            replay = self._recovery.replay(keys, built, times)
+
+    def _begin_to_serve(self, built: BuiltWorld) -> None:
+        settings = self._settings
         self._metrics.epoch.set(built.pool.epoch)
         logger.info(
             "serving %s on %d ranks: %d KV blocks of %d tokens",
@@ -206,12 +260,21 @@ class World:
             settings.block_size,
             extra={"epoch": built.pool.epoch},
         )
+        self._budget.serving(self._clock())
+        self._status.set_rebuilds_left(self._budget.left)
         self._status.set_phase(worker_pb2.PHASE_SERVING)
-        error = await loop.run()
-        self._loop = None
-        if error is not None:
-            loop.fail_all(f"{NOT_BUILT}: the world failed")
-        return error
+
+    def _scheduler_config(self, built: BuiltWorld) -> SchedulerConfig:
+        settings = self._settings
+        return SchedulerConfig(
+            num_blocks=built.num_blocks,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=settings.max_model_len,
+            queue_limit=settings.queue_limit,
+            prefix_cache=settings.prefix_cache,
+        )
 
     # ---------------------------------------------------------------------------------------- ends
 
@@ -219,9 +282,14 @@ class World:
     def _failed(self) -> bool:
         return self._status.phase == worker_pb2.PHASE_FAILED
 
-    def _note_fault(self, error: PoolError) -> None:
-        self._metrics.faults.labels(error.fault_kind).inc()
-        self._status.add_fault(error.fault_kind, str(error))
+    def note(self, error: PoolError, detection_seconds: float = 0.0) -> str:
+        """Counts a fault and remembers it; its description, with the pods of the ranks that it names."""
+        kind = error.fault_kind
+        self._metrics.faults.labels(kind).inc()
+        if detection_seconds:
+            self._metrics.detection_seconds.labels(kind).observe(detection_seconds)
+        self._status.add_fault(kind, str(error), detection_seconds=detection_seconds)
+        return f"{error}{self._pods_of(error.ranks)}"
 
     def _pods_of(self, failures: Iterable[RankFailure]) -> str:
         """In which pods the ranks are, where there are several."""
@@ -235,8 +303,9 @@ class World:
         ]
         return f" ({', '.join(named)})" if named else ""
 
-    def _fail(self, code: ExitCode, cause: str) -> None:
+    def fail(self, code: ExitCode, cause: str) -> None:
+        """The world has failed for good; what comes first is the cause."""
         if self._failed:
-            return  # what came first is the cause
+            return
         logger.error("the world has failed: %s", cause, extra={"epoch": self._status.state.epoch, "cause": cause})
         self._status.set_phase(worker_pb2.PHASE_FAILED, exit_code=code, cause=cause)

@@ -52,7 +52,8 @@ _FLAGS = {
 @click.option("--max-model-len", type=click.IntRange(min=0), default=0, help="0: what the checkpoint allows.")
 @click.option("--load-format", type=click.Choice(["safetensors", "dummy"]), default="safetensors")
 @click.option("--engine-option", "engine_options", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
-@click.option("--recovery-mode", type=click.Choice(["Restart", "InPlace"]), default="Restart")
+@click.option("--recovery-mode", type=click.Choice(["Restart", "InPlace"]), default="Restart",
+              help="Whether a lost rank restarts the gang, or the world is rebuilt around it.")  # fmt: skip
 @click.option("--drain-timeout", type=_SECONDS, default=120.0, help="Seconds for streams to finish.")
 @click.option("--progress-deadline", type=_SECONDS, default=600.0, help="Seconds that nothing may go on.")
 @click.option("--init-timeout", type=_SECONDS, default=60.0, help="Seconds for the ranks to join.")
@@ -195,8 +196,6 @@ def _check_together(options: dict[str, Any], refusal: type[Exception]) -> None:
         raise refusal("--token-file is needed: the pods of a gang know each other by its token")
     if index > 0 and not options["leader_host"]:
         raise refusal(f"--leader-host is needed in pod {index}: the DNS name of pod 0")
-    if options["recovery_mode"] == "InPlace":
-        raise refusal("--recovery-mode InPlace is not there yet: give Restart")
     try:
         ipaddress.ip_address(address)
     except ValueError:

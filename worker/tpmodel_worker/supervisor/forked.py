@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.arenas.identity import RENDEZVOUS_RANK
@@ -18,10 +19,16 @@ from tpmodel_worker.supervisor.service import RespawnError, StaleEpochError
 from tpmodel_worker.supervisor.sources import ProcessSource
 from tpmodel_worker.supervisor.spares import Spares
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
-Judge = Callable[[int, ProcessExit], Ending | None]
-"""Whether the end of a member (its rank) ends the pod."""
+Judge = Callable[[int, ProcessExit], T]
+"""Says what the end of a member (its rank) means."""
+
+
+def _never(_rank: int, _ended: ProcessExit) -> bool:
+    return False
 
 
 @dataclass(slots=True)
@@ -61,10 +68,11 @@ class ForkedProcesses:
         link: RankLinkServer,
         *,
         hello_seconds: float,
-        judge: Judge,
+        judge: Judge[Ending | None],
         end_pod: Callable[[Ending], None],
         on_change: Callable[[], None],
         spares: Spares | None = None,
+        replaces_at_once: Judge[bool] = _never,
     ) -> None:
         """Args:
         members: ranks; RENDEZVOUS_RANK for the rendezvous.
@@ -76,6 +84,7 @@ class ForkedProcesses:
         end_pod: called when one does.
         on_change: called when an address has come or gone.
         spares: processes that replace ranks at once, where there are some.
+        replaces_at_once: whether the end of a member that served is the engine's to count and to slow down.
         """
         self._members = {rank: _Member(rank) for rank in members}
         self._table = table
@@ -87,6 +96,7 @@ class ForkedProcesses:
         self._judge = judge
         self._end_pod = end_pod
         self._on_change = on_change
+        self._replaces_at_once = replaces_at_once
 
     @property
     def processes(self) -> list[Process]:
@@ -152,6 +162,9 @@ class ForkedProcesses:
             ended = await process.ended()
             self._on_change()
             if process is member.replaced:
+                continue
+            if member.hello.is_set() and self._restarts and self._replaces_at_once(rank, ended):
+                _log.warning("%s; starting another", ended.describe())
                 continue
             pause = member.policy.pause(time.monotonic())
             ending = self._judge(rank, ended) or judge_repeated(ended, member.policy)

@@ -22,7 +22,7 @@ from tpmodel_worker.supervisor.leader_lookup import KnownLeader
 from tpmodel_worker.supervisor.lifecycle import DRAINS, Ending, judge_member, judge_refusal, judge_state
 from tpmodel_worker.supervisor.pod import Pod, Server
 from tpmodel_worker.supervisor.processes import Process, ProcessExit
-from tpmodel_worker.supervisor.progress import WorldWatch
+from tpmodel_worker.supervisor.progress import RebuildPatience, WorldWatch
 from tpmodel_worker.supervisor.report import ENGINE, ReportServer
 from tpmodel_worker.supervisor.runtime import write_settings_file
 from tpmodel_worker.supervisor.status import HealthPort
@@ -50,6 +50,7 @@ class LeaderPod(Pod):
         self._phase: worker_pb2.Phase.ValueType = worker_pb2.PHASE_UNSPECIFIED  # the last one before it failed
         self._drained = asyncio.Event()
         self._was_ready = False
+        self._patience = RebuildPatience()
         self._progress = WorldWatch(settings.progress_deadline, settings.ranks_here)
         self._report = ReportServer(settings.report_socket, on_state=self._on_state, on_change=self._changed.set)
         self._api_names = [f"api {index}" for index in range(settings.api_processes)]
@@ -108,13 +109,15 @@ class LeaderPod(Pod):
     async def _judge_engine(self, ended: ProcessExit) -> Ending | None:
         await self._report.engine_gone(_LAST_REPORT_SECONDS)
         ending = judge_state(self._state) if self._state is not None else None
-        ending = ending or judge_member(ended, self._phase)
+        ending = ending or judge_member(ended, self._phase, rebuilds=self._settings.rebuilds and not self.draining)
         self._state, self._phase = None, worker_pb2.PHASE_UNSPECIFIED
         self._drained.set()  # there is nothing left to finish
         return ending
 
     def _judge_forked(self, rank: int, ended: ProcessExit) -> Ending | None:
-        return None if rank == RENDEZVOUS_RANK else judge_member(ended, self._phase)
+        if rank == RENDEZVOUS_RANK:
+            return None
+        return judge_member(ended, self._phase, rebuilds=self._settings.rebuilds)
 
     def _on_process(self, process: Process) -> None:
         if not process.alive and process.name in (ENGINE, *self._api_names):
@@ -148,7 +151,9 @@ class LeaderPod(Pod):
 
     def _look(self) -> bool:
         self._mark_running()
-        serving = self._state is not None and self._state.phase == worker_pb2.PHASE_SERVING
+        serving = self._patience.observe(self._state, time.monotonic())
+        if (left := self._patience.left(time.monotonic())) is not None:
+            asyncio.get_running_loop().call_later(left, self._changed.set)
         ready = serving and not self.draining and self._report.listening.issuperset(self._api_names)
         if ready and not self._was_ready:
             self._was_ready = True

@@ -48,7 +48,7 @@ class RestartPolicy:
         return len(self._ends) >= self.limit
 
 
-def judge_member(ended: ProcessExit, phase: worker_pb2.Phase.ValueType) -> Ending | None:
+def judge_member(ended: ProcessExit, phase: worker_pb2.Phase.ValueType, *, rebuilds: bool = False) -> Ending | None:
     """Whether the end of a rank or of the engine ends the pod: it does once a world has served.
 
     Before, the process is replaced and the world waits for it; unless it says that no retry helps. At the end of a
@@ -57,9 +57,12 @@ def judge_member(ended: ProcessExit, phase: worker_pb2.Phase.ValueType) -> Endin
     Args:
         ended: how it ended.
         phase: the engine's last phase before it failed, if it did.
+        rebuilds: a world that served is rebuilt, so that a process is replaced then, too.
     """
     if (refused := judge_refusal(ended)) is not None:
         return refused
+    if rebuilds:
+        return None
     if phase in DRAINS and ended.code == ExitCode.DRAINED:
         return None
     if phase in SERVED:

@@ -23,7 +23,7 @@ from tpmodel_worker.supervisor.fork_client import ForkServer
 from tpmodel_worker.supervisor.forked import ForkedProcesses
 from tpmodel_worker.supervisor.hub import SCHEME
 from tpmodel_worker.supervisor.leader_lookup import Leader
-from tpmodel_worker.supervisor.lifecycle import Ending
+from tpmodel_worker.supervisor.lifecycle import SERVED, Ending, judge_refusal
 from tpmodel_worker.supervisor.memory import MemoryHolder
 from tpmodel_worker.supervisor.metrics import MetricsServer
 from tpmodel_worker.supervisor.processes import Process, ProcessExit, ProcessTable
@@ -112,6 +112,7 @@ class Pod(abc.ABC):
             end_pod=self._end,
             on_change=self._registration.changed,
             spares=self._spares,
+            replaces_at_once=self._replaces_at_once,
         )
         servicer = SupervisorServicer(settings, self._forked, self._table, self._memory, end_pod=self._end)
         self._service = SupervisorServer(settings, servicer)
@@ -144,6 +145,11 @@ class Pod(abc.ABC):
     @abc.abstractmethod
     def _on_followed_state(self, state: worker_pb2.EngineState) -> None:
         """The state of the engine that the pod is registered with, as it comes over the network."""
+
+    def _replaces_at_once(self, rank: int, ended: ProcessExit) -> bool:
+        """Whether a member of a world that served has ended: the rebuilds that follow are counted by the engine."""
+        served = self._state is not None and self._state.phase in SERVED
+        return self._settings.rebuilds and rank != RENDEZVOUS_RANK and served and judge_refusal(ended) is None
 
     def _on_hello(self, rank: int, process: Process, port: int) -> None:
         """A rank, or the rendezvous, serves."""

@@ -80,3 +80,25 @@ class PodWatch:
         if self._stopwatch.observe(seen, now) < self.deadline_seconds:
             return None
         return Ending(ExitCode.RESTART_GANG, f"no progress for {self.deadline_seconds:.0f} s: {what}")
+
+
+@dataclass(slots=True)
+class RebuildPatience:
+    """Whether a leader pod counts as serving: also for a while without a world, since most rebuilds take seconds."""
+
+    seconds: float = 10.0
+    _since: float | None = None
+
+    def observe(self, state: worker_pb2.EngineState | None, now: float) -> bool:
+        """Looks at the engine's state (None: there is no engine) at the time `now`."""
+        if state is None or state.phase != worker_pb2.PHASE_REBUILDING:
+            self._since = None
+            return state is not None and state.phase == worker_pb2.PHASE_SERVING
+        if self._since is None:
+            self._since = now
+        return now - self._since < self.seconds
+
+    def left(self, now: float) -> float | None:
+        """Seconds after which another look is due; None: time alone changes nothing."""
+        over = self._since is None or now - self._since >= self.seconds
+        return None if over or self._since is None else self._since + self.seconds - now

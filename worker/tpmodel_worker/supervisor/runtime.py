@@ -49,7 +49,11 @@ def runtime_folder(settings: ServeSettings) -> Iterator[ServeSettings]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         resolved = dataclasses.replace(
-            settings, runtime_dir=str(folder), token=settings.token or secrets.token_urlsafe(_TOKEN_BYTES)
+            settings,
+            runtime_dir=str(folder),
+            # What has to be known after a restart of the container; a pod's folder is the pod's alone.
+            state_dir=settings.runtime_dir if settings.pod_uid != "local" else "",
+            token=settings.token or secrets.token_urlsafe(_TOKEN_BYTES),
         )
         for path in (resolved.front_socket, resolved.report_socket, resolved.rank_socket):
             if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:

@@ -80,6 +80,7 @@ class SupervisorServicer(worker_pb2_grpc.SupervisorServiceServicer):
     ) -> AsyncIterator[worker_pb2.WatchResponse]:
         """The present state as events, then what happens."""
         await self._check_attempt(context)
+        await context.send_initial_metadata(())  # the watch stands, whether or not there is an event yet
         queue: asyncio.Queue[worker_pb2.WatchResponse] = asyncio.Queue(_WATCH_QUEUE)
         lagging = asyncio.Event()
 

@@ -59,7 +59,8 @@ class WorkerPod(Pod):
             # It got the engine's Bye. Outside of a drain that means that the engine is ending: the rank is started
             # again, and waits for the leader's successor as the pod does.
             return None
-        return judge_member(ended, self._state.phase if self._state is not None else worker_pb2.PHASE_UNSPECIFIED)
+        phase = self._state.phase if self._state is not None else worker_pb2.PHASE_UNSPECIFIED
+        return judge_member(ended, phase, rebuilds=self._settings.rebuilds)
 
     def _judge_progress(self, now: float) -> Ending | None:
         ranks = self._settings.ranks_here

@@ -1,0 +1,344 @@
+"""Worlds that are rebuilt in place, with fake ranks and a fake supervisor over real gRPC."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from support.fake_rank import (
+    FakeGang,
+    answers_after,
+    fails,
+    fake_gang,
+    hangs,
+    is_stuck,
+    run_plan,
+    until,
+)
+from support.fake_supervisor import FakeSupervisor, fake_supervisor
+from support.simulated_rank import true_outputs
+from support.whole_engine import ATTEMPT, TIMEOUTS, engine_settings, register, request, until_phase
+from tpmodel.v1 import worker_pb2
+from tpmodel_worker.engine.requests import QueueFullError, RefusedError, SequenceOutput
+from tpmodel_worker.engine.service import Engine
+from tpmodel_worker.settings import ServeSettings
+
+FIRST_EPOCH = (ATTEMPT << 32) | 1
+REBUILDING, SERVING, FAILED = worker_pb2.PHASE_REBUILDING, worker_pb2.PHASE_SERVING, worker_pb2.PHASE_FAILED
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ServeSettings:
+    return dataclasses.replace(engine_settings(tmp_path), recovery_mode="InPlace", queue_limit=4)
+
+
+@pytest.fixture
+async def gang() -> AsyncIterator[FakeGang]:
+    async with fake_gang(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+async def supervisor(gang: FakeGang) -> AsyncIterator[FakeSupervisor]:
+    async with fake_supervisor(gang) as made:
+        yield made
+
+
+class Served:
+    """An engine whose world serves, and what its requests brought."""
+
+    def __init__(self, engine: Engine, gang: FakeGang, supervisor: FakeSupervisor) -> None:
+        self.engine, self.gang, self.supervisor = engine, gang, supervisor
+        self.outputs: list[SequenceOutput] = []
+        self.phases: list[worker_pb2.Phase.ValueType] = []
+        engine.status.listen(lambda state: self.phases.append(state.phase))
+        engine._front.deliver = self._take  # pyright: ignore[reportAttributeAccessIssue]
+        engine.world._sink = self._take
+
+    def _take(self, outputs: Sequence[SequenceOutput]) -> None:
+        self.outputs += outputs
+
+    def tokens(self, key: int = 1) -> list[int]:
+        return [token for output in self.outputs if output.key == (1, key) for token in output.token_ids]
+
+    def error(self, key: int = 1) -> tuple[int, str] | None:
+        return next((output.error for output in self.outputs if output.key == (1, key) and output.error), None)
+
+    def ended(self, key: int = 1) -> bool:
+        return any(output.key == (1, key) and output.finish_reason is not None for output in self.outputs)
+
+    async def register(self) -> None:
+        await register(self.engine, self.supervisor.registration(attempt=ATTEMPT))
+
+    async def kill(self, rank: int) -> None:
+        """The process of a rank is gone, and the supervisor has seen it."""
+        self.supervisor.tell_exit(self.gang[rank])
+        await self.gang[rank].stop()
+
+    async def replace(self, rank: int) -> None:
+        await self.gang[rank].restart()
+        await self.register()
+
+
+@pytest.fixture
+async def served(settings: ServeSettings, gang: FakeGang, supervisor: FakeSupervisor) -> AsyncIterator[Served]:
+    engine = Engine(settings, timeouts=TIMEOUTS)
+    made = Served(engine, gang, supervisor)
+    await engine.start()
+    try:
+        await made.register()
+        await until_phase(engine, SERVING)
+        await until(lambda: bool(supervisor._watchers))
+        for rank in gang.ranks:
+            rank.on["generate_step"] = answers_after(0.005, run_plan)
+        yield made
+    finally:
+        await engine.stop()
+
+
+TRUE = true_outputs([1, 2, 3], request().sampling, 50)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_request_goes_on_in_the_next_world_after_a_rank_died(served: Served, rank: int) -> None:
+    """W26: a rank process that goes is a newer generation: unbuilt, rebuilt at the next epoch; P17."""
+    served.engine.submit(request())
+    await until(lambda: len(served.tokens()) > 5)
+    await served.kill(rank)
+    await until_phase(served.engine, REBUILDING)
+    before = served.tokens()
+    assert before == TRUE[: len(before)] != TRUE
+    await served.replace(rank)
+    state = await until_phase(served.engine, SERVING)
+    await until(served.ended)
+    assert served.tokens() == TRUE
+    assert state.epoch == FIRST_EPOCH + 1
+    assert state.last_faults[-1].kind == "rank_exited"
+    assert f"rank {rank}: its process (pid {1000 + rank}) was killed by SIGKILL" in state.last_faults[-1].message
+    survivor = served.gang[1 - rank]
+    assert [abort.epoch for abort in survivor.aborts] == [FIRST_EPOCH]
+    assert survivor.names().count("unload_model") == 0
+    assert served.supervisor.kills == []
+    (rebuild,) = state.last_rebuilds
+    names = [phase.name for phase in rebuild.phases]
+    assert names == ["abort", "respawn", "init", "check", "map", "clear", "first_step", "replay"]
+    assert (rebuild.replayed_requests, rebuild.builds, rebuild.epoch) == (1, 1, state.epoch)
+    assert sum(phase.seconds for phase in rebuild.phases) == pytest.approx(rebuild.seconds, abs=0.01)
+
+
+async def test_health_flips_before_anybody_is_waited_for(served: Served) -> None:
+    """DESIGN section 4: clients' health within a second of detection, though the abort is not confirmed."""
+    served.gang[1].on["generate_step"] = is_stuck
+    served.gang[0].on["generate_step"] = fails(worker_pb2.ERROR_KIND_INTERNAL, "an exception in a step")
+    started = time.monotonic()
+    served.engine.submit(request())
+    await until(lambda: REBUILDING in served.phases, 1.0)
+    assert time.monotonic() - started < 1.0
+
+
+async def test_requests_that_come_while_rebuilding_queue_within_the_limit(served: Served) -> None:
+    """W22."""
+    await served.kill(1)
+    await until_phase(served.engine, REBUILDING)
+    for key in range(1, 5):
+        served.engine.submit(request(key))
+    with pytest.raises(QueueFullError):
+        served.engine.submit(request(5))
+    assert served.engine.cancel((1, 4))
+    await served.replace(1)
+    await until(lambda: all(served.ended(key) for key in (1, 2, 3)))
+    assert [served.tokens(key) for key in (1, 2, 3, 4)] == [TRUE, TRUE, TRUE, []]
+
+
+async def test_a_request_whose_time_is_over_before_the_next_world_fails_unavailable(served: Served) -> None:
+    served.engine.submit(dataclasses.replace(request(1), deadline=time.time() + 0.6))
+    await until(lambda: len(served.tokens()) > 2)
+    await served.kill(1)
+    await until_phase(served.engine, REBUILDING)
+    served.engine.submit(dataclasses.replace(request(2), deadline=time.time() + 0.3))
+    await until(lambda: served.error(1) is not None and served.error(2) is not None)
+    for key in (1, 2):
+        code, message = served.error(key) or (0, "")
+        assert code == 14
+        assert "rebuilding" in message
+    assert all(output.retry_after > 0 for output in served.outputs if output.error)
+
+
+async def test_a_request_without_a_deadline_has_the_default_one_while_rebuilding(
+    settings: ServeSettings, gang: FakeGang, supervisor: FakeSupervisor
+) -> None:
+    engine = Engine(dataclasses.replace(settings, rebuild_wait=0.3), timeouts=TIMEOUTS)
+    served = Served(engine, gang, supervisor)
+    await engine.start()
+    try:
+        await served.register()
+        await until_phase(engine, SERVING)
+        gang[0].on["generate_step"] = answers_after(0.01, run_plan)
+        engine.submit(request(1))
+        await until(lambda: len(served.tokens()) > 2)
+        await gang[1].stop()
+        await until(lambda: served.error(1) is not None)
+        assert (served.error(1) or (0,))[0] == 14
+    finally:
+        await engine.stop()
+
+
+async def test_a_rank_that_does_not_leave_the_epoch_is_killed(served: Served) -> None:
+    """P17: step deadline, Abort, then the supervisor: only the hung process is replaced."""
+    served.engine.submit(request())
+    await until(lambda: len(served.tokens()) > 2)
+    served.gang[1].ignores_aborts = True
+    served.gang[1].on["generate_step"] = is_stuck
+    await until(lambda: bool(served.supervisor.kills), 10)
+    assert [(kill.rank, kill.pid) for kill in served.supervisor.kills] == [(1, 1001)]
+    assert served.engine.status.state.last_faults[-1].kind == "step_deadline"
+    await served.replace(1)
+    await until(served.ended)
+    assert served.tokens() == TRUE
+
+
+async def test_a_rank_whose_device_is_lost_is_replaced_though_it_answers(served: Served) -> None:
+    """RECOVERY_NOTES: a poisoned context never comes back in the same process."""
+    served.gang[1].on["generate_step"] = fails(worker_pb2.ERROR_KIND_DEVICE_POISONED, "illegal memory access")
+    served.engine.submit(request())
+    await until(lambda: bool(served.supervisor.kills))
+    assert [kill.rank for kill in served.supervisor.kills] == [1]
+    assert served.engine.status.state.last_faults[-1].kind == "device_poisoned"
+    await served.replace(1)
+    await until(served.ended)
+    assert served.tokens() == TRUE
+
+
+async def test_an_error_inside_a_step_replaces_no_process(served: Served) -> None:
+    """P11: the same processes, at the next epoch, without anybody's registration."""
+    fails_once = fails(worker_pb2.ERROR_KIND_INTERNAL, "an exception in a step")
+
+    async def once(rank: object, session: object, message: worker_pb2.SessionRequest) -> None:
+        served.gang[1].on["generate_step"] = run_plan
+        await fails_once(served.gang[1], session, message)  # pyright: ignore[reportArgumentType]
+
+    served.gang[1].on["generate_step"] = once
+    served.engine.submit(request())
+    await until(served.ended)
+    assert served.tokens() == TRUE
+    assert served.supervisor.kills == []
+    assert served.engine.status.state.epoch == FIRST_EPOCH + 1
+    assert [rank.endpoint.pid for rank in served.gang.ranks] == [1000, 1001]
+
+
+async def test_a_build_that_fails_is_the_next_epoch(served: Served) -> None:
+    """W19, W21: also in mid-init, and the weights of the others stay."""
+    served.engine.submit(request())
+    await until(lambda: len(served.tokens()) > 2)
+    await served.kill(1)
+    await until_phase(served.engine, REBUILDING)
+    await served.gang[1].restart()
+    served.gang[0].on["init"] = hangs
+    served.gang[1].on["init"] = fails(worker_pb2.ERROR_KIND_COMMUNICATOR, "no device")
+    await served.register()
+    await until(lambda: bool(served.gang[1].aborts))
+    served.gang[0].on = dict(served.gang[1].on) | {"init": FakeGang(2)[0].on["init"]}
+    served.gang[1].on["init"] = served.gang[0].on["init"]
+    await until(served.ended)
+    assert served.tokens() == TRUE
+    assert served.engine.status.state.epoch > FIRST_EPOCH + 1
+    assert "unload_model" not in served.gang[0].names()
+
+
+async def test_rebuilds_that_follow_each_other_spend_the_budget(
+    settings: ServeSettings, gang: FakeGang, supervisor: FakeSupervisor
+) -> None:
+    """DESIGN section 6: past the cap 75, with the cause; and the next engine of the pod goes on counting."""
+    settings = dataclasses.replace(settings, rebuild_limit=2)
+    engine = Engine(settings, timeouts=TIMEOUTS)
+    served = Served(engine, gang, supervisor)
+    await engine.start()
+    try:
+        await served.register()
+        await until_phase(engine, SERVING)
+        gang[1].on["generate_step"] = fails(worker_pb2.ERROR_KIND_INTERNAL, "an exception in a step")
+        engine.submit(request())
+        state = await until_phase(engine, FAILED)
+        assert state.exit_code == 75
+        assert "2 rebuilds did not bring a stable world" in state.cause
+        assert "an exception in a step" in state.cause
+        await until(lambda: served.error() is not None)
+        assert (served.error() or (0,))[0] == 14
+    finally:
+        await engine.stop()
+
+
+async def test_an_engine_after_one_that_served_takes_a_rebuild_from_the_budget(
+    settings: ServeSettings, gang: FakeGang, supervisor: FakeSupervisor
+) -> None:
+    """Counted over restarts of engine and container."""
+    settings = dataclasses.replace(settings, rebuild_limit=1)
+    left: list[int] = []
+    for _ in range(2):
+        engine = Engine(settings, timeouts=TIMEOUTS)
+        await engine.start()
+        try:
+            await register(engine, supervisor.registration(attempt=ATTEMPT))
+            state = await until_phase(engine, SERVING)
+            left.append(state.rebuilds_left)
+        finally:
+            await engine.stop()
+    assert left == [1, 0]
+    engine = Engine(settings, timeouts=TIMEOUTS)
+    await engine.start()
+    try:
+        state = await until_phase(engine, FAILED)
+        assert state.exit_code == 75
+        assert "the engine ended while its world served" in state.cause
+    finally:
+        await engine.stop()
+
+
+async def test_a_drain_while_rebuilding_finishes_what_runs(served: Served) -> None:
+    served.engine.submit(request())
+    await until(lambda: len(served.tokens()) > 2)
+    await served.kill(1)
+    await until_phase(served.engine, REBUILDING)
+    served.engine.drain(10.0)
+    await until_phase(served.engine, worker_pb2.PHASE_DRAINING)
+    with pytest.raises(RefusedError, match="draining"):
+        served.engine.submit(request(2))
+    await served.replace(1)
+    await until_phase(served.engine, worker_pb2.PHASE_DRAINED)
+    assert served.tokens() == TRUE
+    assert SERVING not in served.phases[served.phases.index(worker_pb2.PHASE_DRAINING) :]
+
+
+async def test_a_stop_while_rebuilding_ends_at_once(served: Served) -> None:
+    served.engine.submit(request())
+    await served.kill(1)
+    await until_phase(served.engine, REBUILDING)
+    started = time.monotonic()
+    await served.engine.stop()
+    assert time.monotonic() - started < 3
+    assert served.error() is not None
+
+
+async def test_a_supervisor_that_takes_no_watch_is_reported_and_asked_again(
+    settings: ServeSettings,
+    gang: FakeGang,
+    supervisor: FakeSupervisor,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """W27: the subscription is bounded (5 s), and its failure is told."""
+    monkeypatch.setattr("tpmodel_worker.engine.supervisors.SUBSCRIPTION_SECONDS", 0.2)
+    supervisor.refuses_watches = True
+    engine = Engine(settings, timeouts=TIMEOUTS)
+    await engine.start()
+    try:
+        await register(engine, supervisor.registration(attempt=ATTEMPT))
+        await until(lambda: supervisor.watches >= 3)
+        assert caplog.text.count("the processes of pod local are not watched: no answer within 0.2 s") == 1
+        assert engine.status.phase == SERVING
+    finally:
+        await engine.stop()
