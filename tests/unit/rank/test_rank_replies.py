@@ -144,6 +144,29 @@ def test_settling_is_answered_at_once_by_every_rank(make_replies: Callable[[int]
         assert (reply.seq, reply.generate_step_ok.step, list(reply.generate_step_ok.slots)) == (9, 0, [])
 
 
+def test_a_failure_comes_after_the_acknowledgement_of_what_was_done_before(
+    make_replies: Callable[[int], Replies],
+) -> None:
+    """P11: else the plan before counts as outstanding for ever, and the drain after a fault waits for it."""
+    replies = make_replies(1)
+    replies.thread.step(outcome(1, (0, 5, 0)))
+    replies.thread.response(pb.SessionResponse(epoch=EPOCH, seq=2, error=pb.Error(message="failed")))
+
+    first, second = replies.next(), replies.next()
+    assert (first.seq, first.HasField("generate_step_ok")) == (1, True)
+    assert (second.seq, second.error.message) == (2, "failed")
+
+
+def test_the_end_acknowledges_what_was_done(make_replies: Callable[[int], Replies]) -> None:
+    """P11."""
+    replies = make_replies(1)
+    replies.thread.step(outcome(1, (0, 5, 0)))
+    assert replies.thread.close(5.0)
+
+    assert replies.next().seq == 1
+    assert replies.sent.empty()
+
+
 def test_replies_keep_the_order_of_submission(make_replies: Callable[[int], Replies]) -> None:
     """P1"""
     replies = make_replies(0)

@@ -125,6 +125,10 @@ class ReplyThread:
                 self._policy.flush()
                 self._acknowledge()
                 continue
+            if item is None or isinstance(item, pb.SessionResponse):
+                # What was done before is said before: the session ends only when every plan was answered.
+                self._policy.flush()
+                self._acknowledge()
             if item is None:
                 return
             if isinstance(item, pb.SessionResponse):
