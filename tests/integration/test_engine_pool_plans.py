@@ -238,6 +238,19 @@ async def test_hung_rank_that_answers_no_ping_is_named(pool: Pool, gang: FakeGan
     assert "rank 2: " in str(error)
 
 
+async def test_a_rank_that_answers_nothing_is_given_up_soon_after_the_step_deadline(pool: Pool, gang: FakeGang) -> None:
+    """P17: it had the time for Ping before the deadline passed, and its Abort need not be waited for as others'."""
+    gang[1].ignores_pings = gang[1].ignores_aborts = True
+    gang[1].on["generate_step"] = is_stuck
+    begun = time.monotonic()
+    pool.send_plan(ONE_STEP)
+    error = await fault_of(pool)
+    assert isinstance(error.engine, StepDeadlineError)
+    assert "rank 1: does not answer Ping" in str(error)
+    assert STEP_SECONDS <= time.monotonic() - begun < STEP_SECONDS + TIMEOUTS.drain
+    assert gang[0].aborts != []
+
+
 async def test_busy_report_extends_the_step_deadline(pool: Pool, gang: FakeGang) -> None:
     """P17."""
     gang[0].busy = worker_pb2.Busy(what="capturing a graph", until=time.time() + 2.0)

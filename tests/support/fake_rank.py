@@ -54,6 +54,7 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
         self.sessions: list[FakeSession] = []
         self.aborts: list[worker_pb2.AbortRequest] = []
         self.ignores_aborts = False
+        self.ignores_pings = False
         self.pings = 0
         self.busy: worker_pb2.Busy | None = None
         self.highest_epoch = 0
@@ -121,6 +122,8 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Ping(self, request: worker_pb2.PingRequest, context: Any) -> worker_pb2.PingResponse:  # noqa: N802
         self.pings += 1
+        if self.ignores_pings:
+            await asyncio.Event().wait()
         return worker_pb2.PingResponse(rank=self.named_rank, epoch=self.highest_epoch, busy=self.busy)
 
     async def GetStatus(  # noqa: N802

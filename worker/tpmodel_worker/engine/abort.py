@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import grpc
 
@@ -16,19 +16,35 @@ logger = logging.getLogger(__name__)
 
 _ABORT_SHARE = 0.8
 """Of the time to drain after a fault, what the Abort calls may take; the rest is for the streams to end."""
+_SILENT_SHARE = 0.15
+"""Of that time, what a rank has that did not answer Ping before."""
 
 
 async def abort_everywhere(
-    channels: Sequence[RankChannel], sessions: Sequence[Session], *, epoch: int, reason: str, drain_seconds: float
+    channels: Sequence[RankChannel],
+    sessions: Sequence[Session],
+    *,
+    epoch: int,
+    reason: str,
+    drain_seconds: float,
+    silent: Collection[int] = (),
 ) -> list[RankFailure]:
     """Aborts on every rank, the failed ones too: a session may be gone while its process is not.
+
+    silent: ranks that have shown that they answer nothing: they get a small part of the time.
 
     Returns, within drain_seconds, the ranks that did not confirm.
     """
     logger.warning("aborting the world: %s", reason, extra={"epoch": epoch})
     answers = await asyncio.gather(
         *(
-            _abort_one(channel, session, epoch, reason, drain_seconds)
+            _abort_one(
+                channel,
+                session,
+                epoch,
+                reason,
+                drain_seconds * _SILENT_SHARE if session.rank in silent else drain_seconds,
+            )
             for channel, session in zip(channels, sessions, strict=True)
         )
     )

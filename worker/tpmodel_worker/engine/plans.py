@@ -76,6 +76,11 @@ class PlanWindow:
         return len(self._outstanding) < MAX_OUTSTANDING and self._completed - self._least_acked() <= MAX_LAG
 
     @property
+    def least_deadline(self) -> float:
+        """Seconds that every plan has."""
+        return self._times.least
+
+    @property
     def settled(self) -> bool:
         """True when every rank has acknowledged everything sent."""
         return not self._outstanding and self._least_acked() >= self._last_sent

@@ -87,6 +87,8 @@ class Pool:
         self._error: PoolError | None = None
         self._silence = 0.0
         self._unconfirmed: frozenset[int] = frozenset()
+        self._silent: frozenset[int] = frozenset()
+        """Ranks that did not even answer Ping."""
         self._abort: asyncio.Task[None] | None = None
         self._leaving = False
         self._close: asyncio.Task[None] | None = None
@@ -333,6 +335,7 @@ class Pool:
             self._fault("a session has ended", ranks=[closed_before_reply(rank, detail)])
 
     def _on_step_deadline(self, error: StepDeadlineError, silent: Sequence[RankFailure]) -> None:
+        self._silent = frozenset(failure.rank for failure in silent)
         self._fault("the ranks hang", engine=error, ranks=silent)
 
     def _notify(self) -> None:
@@ -424,7 +427,12 @@ class Pool:
 
     async def _abort_everywhere(self, reason: str) -> None:
         unconfirmed = await abort_everywhere(
-            self._channels, self._sessions, epoch=self.epoch, reason=reason, drain_seconds=self._timeouts.drain
+            self._channels,
+            self._sessions,
+            epoch=self.epoch,
+            reason=reason,
+            drain_seconds=self._timeouts.drain,
+            silent=self._silent,
         )
         self._unconfirmed = frozenset(failure.rank for failure in unconfirmed)
         if self._error is not None:

@@ -17,6 +17,7 @@ from tpmodel_worker.engine.session import RankChannel
 logger = logging.getLogger(__name__)
 
 _LONGEST_SLEEP = 1.0
+_SHORTEST_PING_SECONDS = 0.2
 
 FaultCallback = Callable[[StepDeadlineError, Sequence[RankFailure]], None]
 
@@ -35,16 +36,16 @@ async def watch_steps(
     sent: set whenever a plan has been sent; cleared here while nothing is under way. on_fault gets the
     ranks that lag and, of those, what is wrong with the ones that did not answer Ping.
     """
+    lead = min(ping_timeout, window.least_deadline / 2)
     while True:
         due = window.due()
         if due is None:
             sent.clear()
             await sent.wait()
-        elif (left := due - time.monotonic()) > 0:
+        elif (left := due - lead - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _LONGEST_SLEEP))
         else:
-            answers = await asyncio.gather(*(_ask(channel, ping_timeout) for channel in channels))
-            _extend(window, [answer for answer in answers if isinstance(answer, worker_pb2.PingResponse)], epoch)
+            answers = await _ask_around(window, channels, due, ping_timeout, epoch)
             due = window.due()
             if due is not None and due <= time.monotonic():
                 seq, late = window.overdue()
@@ -54,8 +55,33 @@ async def watch_steps(
                 return
 
 
-def _extend(window: PlanWindow, answers: Sequence[worker_pb2.PingResponse], epoch: int) -> None:
-    busy = max((answer.busy for answer in answers), key=lambda report: report.until, default=worker_pb2.Busy())
+async def _ask_around(
+    window: PlanWindow, channels: Sequence[RankChannel], due: float, ping_timeout: float, epoch: int
+) -> list[worker_pb2.PingResponse | RankFailure]:
+    """What every rank answers to Ping around the time `due`.
+
+    Asked ahead, so that a rank that does not answer has had its time for that when the deadline passes. Those that
+    did are asked again then: they may have become busy in between.
+    """
+    ahead = max(due - time.monotonic(), _SHORTEST_PING_SECONDS)
+    answers = await asyncio.gather(*(_ask(channel, ahead) for channel in channels))
+    _extend(window, answers, epoch)
+    await asyncio.sleep(max(due - time.monotonic(), 0.0))
+    still = window.due()
+    if still is None or still > time.monotonic():
+        return answers
+    silent = [answer for answer in answers if isinstance(answer, RankFailure)]
+    answering = [
+        channel for channel, answer in zip(channels, answers, strict=True) if not isinstance(answer, RankFailure)
+    ]
+    answers = await asyncio.gather(*(_ask(channel, ping_timeout) for channel in answering))
+    _extend(window, answers, epoch)
+    return [*silent, *answers]
+
+
+def _extend(window: PlanWindow, answers: Sequence[worker_pb2.PingResponse | RankFailure], epoch: int) -> None:
+    reports = [answer.busy for answer in answers if isinstance(answer, worker_pb2.PingResponse)]
+    busy = max(reports, key=lambda report: report.until, default=worker_pb2.Busy())
     if (left := busy.until - time.time()) > 0:
         logger.info("a plan is late: a rank is busy", extra={"epoch": epoch, "cause": busy.what})
         window.extend(time.monotonic() + left)
