@@ -73,11 +73,6 @@ def _inconsistent(model: TPModel) -> Iterator[Refusal]:
             message=f"tensorParallelSize {spec.tensor_parallel_size} is not divisible by ranksPerPod "
             f"{spec.ranks_per_pod}: write a ranksPerPod that divides it, or leave it out",
         )
-    if spec.recovery.mode != "Restart":
-        yield Refusal(
-            reason="UnsupportedRecoveryMode",
-            message=f"recovery.mode {spec.recovery.mode} is not supported yet: write Restart",
-        )
     if spec.rollout.max_unavailable == spec.rollout.max_surge == 0:
         yield Refusal(
             reason="RolloutImpossible",

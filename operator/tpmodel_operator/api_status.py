@@ -8,6 +8,9 @@ from pydantic import Field
 
 from tpmodel_operator.api_types import Message, StatusModel, StatusText, keyed_by
 
+KEPT = 4
+"""Entries of each history: a status with many gangs must stay small."""
+
 
 class Condition(StatusModel):
     """A metav1.Condition."""
@@ -101,6 +104,34 @@ class Failure(StatusModel):
     """When it was decided, RFC 3339."""
 
 
+class GangFault(StatusModel):
+    """A fault of a world that served, as its engine reported it."""
+
+    time: StatusText
+    """When it was detected, RFC 3339."""
+    epoch: int
+    """The world that it hit."""
+    kind: StatusText
+    """One word for programs."""
+    message: StatusText = ""
+    """What was seen."""
+
+
+class GangRebuild(StatusModel):
+    """A world that was rebuilt in place after a fault: processes and weights that were left are still the same."""
+
+    time: StatusText
+    """When the fault was detected, RFC 3339."""
+    epoch: int
+    """The new world."""
+    kind: StatusText
+    """Kind of the fault."""
+    milliseconds: int
+    """From the detection to the first step of the new world."""
+    replayed_requests: int = 0
+    """Requests that were under way and went on."""
+
+
 class GangStatus(StatusModel):
     """One gang: the pods that serve one copy of the model."""
 
@@ -138,6 +169,16 @@ class GangStatus(StatusModel):
     """Since when it has been Ready, RFC 3339."""
     not_ready_since: StatusText = ""
     """Since when it is no longer Ready, RFC 3339; empty before it has been Ready in this attempt."""
+    incomplete_since: StatusText = ""
+    """Since when a pod that had started is being made again within the attempt, RFC 3339; empty: none is."""
+    complete_since: StatusText = ""
+    """Since when all containers run again after that, RFC 3339."""
+    rebuilds_requested: int = 0
+    """How often the annotation tpmodel.dev/rebuild has asked it for a new world."""
+    faults: Annotated[list[GangFault], Field(max_length=KEPT)] = []
+    """The last faults of its worlds, oldest first."""
+    rebuilds: Annotated[list[GangRebuild], Field(max_length=KEPT)] = []
+    """The last worlds that were rebuilt in place, oldest first."""
     last_restart: LastRestart | None = None
     """The latest coordinated restart."""
     restart: Restart | None = None
@@ -183,6 +224,8 @@ class TPModelStatus(StatusModel):
     """The worker image in use, resolved once per rollout."""
     model_revision: StatusText = ""
     """The commit that model.revision was resolved to, once per rollout."""
+    rebuild_requested: StatusText = ""
+    """The value of the annotation tpmodel.dev/rebuild that gangs were last told of."""
     url: StatusText = ""
     """What gRPC clients in the cluster dial."""
     state: StatusText = ""

@@ -41,6 +41,7 @@ class Situation:
     newer_image: str = ""
     advice: str = ""
     model_revision: str = ""
+    rebuild_requested: str = ""
 
     @property
     def ready(self) -> int:

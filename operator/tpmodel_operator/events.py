@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from tpmodel_operator import conditions
+from tpmodel_operator import chronicle, conditions, names
 from tpmodel_operator.actions import Event
 from tpmodel_operator.api import Condition, GangStatus, TPModelSpec, TPModelStatus
 
@@ -25,6 +25,7 @@ def between(before: TPModelStatus, after: TPModelStatus, spec: TPModelSpec) -> t
     return (
         *_protection(before, after, spec),
         *_rollout(before, after),
+        *_rebuild(before, after, spec),
         *_conditions(before, after),
         *_gangs(before, after),
     )
@@ -48,6 +49,19 @@ def _rollout(before: TPModelStatus, after: TPModelStatus) -> Iterator[Event]:
     advice = _condition(after, conditions.ADVICE)
     if advice is not None and not _held(before, conditions.ADVICE):
         yield _warning(advice.reason, advice.message)
+
+
+def _rebuild(before: TPModelStatus, after: TPModelStatus, spec: TPModelSpec) -> Iterator[Event]:
+    if after.rebuild_requested == before.rebuild_requested or not before.observed_generation:
+        return
+    if spec.recovery.mode == "InPlace":
+        yield _normal("RebuildRequested", f"all gangs are asked for a new world: {after.rebuild_requested}")
+    else:
+        yield _warning(
+            "RebuildRefused",
+            f"annotation {names.REBUILD_ANNOTATION}: gangs of recovery.mode {spec.recovery.mode} rebuild nothing in "
+            "place: write mode: InPlace, or delete a pod to restart its gang",
+        )
 
 
 def _conditions(before: TPModelStatus, after: TPModelStatus) -> Iterator[Event]:
@@ -76,6 +90,14 @@ def _gangs(before: TPModelStatus, after: TPModelStatus) -> Iterator[Event]:
 def _of_gang(was: GangStatus, gang: GangStatus) -> Iterator[Event]:
     if gang.phase == "Draining" and was.phase != "Draining":
         yield _normal("GangDraining", f"gang {gang.name} finishes its streams")
+    for fault in chronicle.added(was.faults, gang.faults):
+        yield _warning("GangFault", f"gang {gang.name}, epoch {fault.epoch}: {fault.kind}: {fault.message}")
+    for rebuild in chronicle.added(was.rebuilds, gang.rebuilds):
+        yield _normal(
+            "GangRebuilt",
+            f"gang {gang.name} has a new world, epoch {rebuild.epoch}, {rebuild.milliseconds} ms after the fault was "
+            f"seen ({rebuild.kind}); {rebuild.replayed_requests} requests went on",
+        )
     restart = gang.last_restart
     if restart is not None and (was.last_restart is None or was.last_restart.attempt != restart.attempt):
         wait = f", not before {gang.restart.not_before}" if gang.restart is not None and gang.restart.not_before else ""

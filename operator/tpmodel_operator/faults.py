@@ -70,8 +70,17 @@ ANSWERS: dict[str, dict[Cause, Answer]] = {
         Cause.FORMATION_DEADLINE: Answer.RESTART,
         Cause.TOKEN_LOST: Answer.RESTART,
     },
+    "InPlace": {
+        Cause.CONFIGURATION_REFUSED: Answer.FAIL,
+        Cause.RESTART_REQUESTED: Answer.RESTART,
+        Cause.LEADER_NOT_READY: Answer.RESTART,
+        Cause.FORMATION_DEADLINE: Answer.RESTART,
+        Cause.TOKEN_LOST: Answer.RESTART,
+    },
 }
-"""Who restarts what, by spec.recovery.mode. A cause that a mode leaves to supervisors and kubelet has no entry."""
+"""Who restarts what, by spec.recovery.mode. A cause that a mode leaves to supervisors, kubelet and StatefulSet has no
+entry: it is no fault there. The spec's present mode counts, also for a gang that was made with the other one: its
+pods then end with 75 where they cannot go on, or are restarted though they could."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +99,8 @@ def ends(pod: PodRecord) -> int:
 
 def find(gang: Gang, around: Circumstances) -> Fault | None:
     """The fault to answer, the gravest first; None: there is none."""
-    return next(_faults(gang, around), None)
+    answered = ANSWERS[around.recovery.mode]
+    return next((fault for fault in _faults(gang, around) if fault.cause in answered), None)
 
 
 def refused_configuration(gang: Gang) -> Fault | None:
@@ -99,21 +109,23 @@ def refused_configuration(gang: Gang) -> Fault | None:
 
 
 def wakeups(gang: Gang, around: Circumstances) -> Iterator[datetime]:
-    """When time alone may make a fault."""
+    """When time alone may make a fault, or end a pod that nobody else will."""
+    for pod in gang.pods:
+        if pod.deleting_since is not None and (given_up := around.node_given_up(pod)) is not None:
+            yield given_up
     if not gang.status.formed:
         deadline = formation.deadline(gang, around.recovery)
         if deadline is not None and not formation.is_complete(gang):
             yield deadline
         return
+    if gang.status.incomplete_since and (deadline := formation.deadline(gang, around.recovery)) is not None:
+        yield deadline
     draining = False
     for pod in gang.pods:
         over = grace_end(pod)
         if over is not None:
-            draining = True
+            draining = draining or over > around.now
             yield over
-            given_up = around.node_given_up(pod)
-            if given_up is not None:
-                yield given_up
     if not draining and (patience := _leader_deadline(gang, around)) is not None:
         yield patience
 
@@ -128,6 +140,7 @@ def _faults(gang: Gang, around: Circumstances) -> Iterator[Fault]:
     for pod in gang.pods:
         yield from _of_pod(gang, pod, around)
     yield from _lost(gang)
+    yield from _not_made_again(gang, around)
     yield from _leader(gang, around)
 
 
@@ -146,6 +159,10 @@ def _while_forming(gang: Gang, around: Circumstances) -> Iterator[Fault]:
             if not pod.running and not early:
                 yield from _of_pod(gang, pod, around)
         return
+    yield from _formation(gang, around)
+
+
+def _formation(gang: Gang, around: Circumstances) -> Iterator[Fault]:
     deadline = formation.deadline(gang, around.recovery)
     if deadline is not None and deadline <= around.now:
         yield Fault(
@@ -153,6 +170,12 @@ def _while_forming(gang: Gang, around: Circumstances) -> Iterator[Fault]:
             message=f"nothing changed for {around.recovery.formation_deadline} s while waiting for "
             f"{formation.what_is_missing(gang)}",
         )
+
+
+def _not_made_again(gang: Gang, around: Circumstances) -> Iterator[Fault]:
+    """A pod that was lost gets as long for a node and an image as those of a new gang."""
+    if gang.status.incomplete_since and not formation.is_complete(gang):
+        yield from _formation(gang, around)
 
 
 def _of_pod(gang: Gang, pod: PodRecord, around: Circumstances) -> Iterator[Fault]:
@@ -196,16 +219,24 @@ def _lost(gang: Gang) -> Iterator[Fault]:
 def _leader(gang: Gang, around: Circumstances) -> Iterator[Fault]:
     """Only once it has been Ready: loading takes what it takes. While a pod drains, its leader is not Ready."""
     deadline = _leader_deadline(gang, around)
-    if deadline is None or deadline > around.now or _terminating(gang) is not None:
+    if deadline is None or deadline > around.now or _drains(gang, around):
         return
     yield Fault(
         cause=Cause.LEADER_NOT_READY, message=f"the leader pod is not Ready since {gang.status.not_ready_since}"
     )
 
 
+def _drains(gang: Gang, around: Circumstances) -> bool:
+    return any((over := grace_end(pod)) is not None and over > around.now for pod in gang.pods)
+
+
 def _leader_deadline(gang: Gang, around: Circumstances) -> datetime | None:
+    """None while a pod is being made again: a world cannot be rebuilt without it, and formation has its deadline."""
     since = clock.moment(gang.status.not_ready_since)
-    return None if since is None else clock.later(since, around.recovery.deadline + LEADER_PATIENCE)
+    if since is None or gang.status.incomplete_since:
+        return None
+    whole = clock.moment(gang.status.complete_since)
+    return clock.later(max(since, whole or since), around.recovery.deadline + LEADER_PATIENCE)
 
 
 def _unanswered(gang: Gang, pod: PodRecord) -> int | None:

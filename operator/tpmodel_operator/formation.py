@@ -1,5 +1,7 @@
 """The first minutes of an attempt: until every container has started, nothing that happens is a fault.
 
+In mode InPlace a pod that was lost is made again within the attempt, and its gang waits for it as it did at first.
+
 Nodes are found, images pulled, claims bound; a gang restarted meanwhile would begin all that anew. Only waiting
 without any change for longer than the formation deadline ends it. Afterwards the supervisors judge.
 """
@@ -38,6 +40,8 @@ def deadline(gang: Gang, recovery: Recovery) -> datetime | None:
     restart = gang.status.last_restart
     if restart is not None and (decided := clock.moment(restart.time)) is not None:
         changes.append(decided)
+    if (since := clock.moment(gang.status.incomplete_since)) is not None:
+        changes.append(since)
     return clock.later(max(changes), recovery.formation_deadline)
 
 

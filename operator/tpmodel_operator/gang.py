@@ -20,6 +20,7 @@ from tpmodel_operator import (
     life,
     model_revision,
     names,
+    rebuilds,
     rollout,
     status,
 )
@@ -45,7 +46,7 @@ def decide(observed: Observed, settings: OperatorSettings) -> Decision:
     around = Circumstances.of(observed)
     gangs = [gang for gang in collect(observed) if gang.existence is not Existence.GONE]
     commits = model_revision.known(model.status, gangs)
-    gangs = [model_revision.given(gang, commits) for gang in gangs]
+    gangs = [rebuilds.asked(model_revision.given(gang, commits), model) for gang in gangs]
     turns = [Turn(gang, life.judge(gang, around)) for gang in gangs]
     refusal = acceptance.review(model, volumes=observed.volumes, settings=settings) or _conflict(observed)
     if refusal is not None:
@@ -100,6 +101,7 @@ def _refused(model: TPModel, refusal: acceptance.Refusal, turns: list[Turn], now
         leaving=sum(turn.leaving for turn in turns),
         refusal=refusal,
         model_revision=model.status.model_revision,
+        rebuild_requested=rebuilds.request(model),
     )
     decision = _decision(model, situation, turns, (), now)
     if not refusal.transient:
@@ -126,6 +128,7 @@ def _accepted(
         newer_image=target.newer_image,
         advice=advice.about_nodes(model.spec, observed.largest_node),
         model_revision=commit,
+        rebuild_requested=rebuilds.request(model),
         gangs=tuple(turn.status for turn in turns if not turn.leaving),
         leaving=sum(turn.leaving for turn in turns),
     )

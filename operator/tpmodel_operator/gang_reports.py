@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ import grpc.aio
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_operator import names
-from tpmodel_operator.observed import GangReport, PodRecord
+from tpmodel_operator.observed import GangReport, PodRecord, ReportedFault, ReportedRebuild
 from tpmodel_operator.queue import Key
 from tpmodel_operator.store import Store
 
@@ -105,9 +106,7 @@ def can_answer(pod: PodRecord) -> bool:
 
 def is_news(before: GangReport, report: GangReport) -> bool:
     """Whether users would see the difference."""
-    if (before.phase, before.epoch, before.ready_ranks) != (report.phase, report.epoch, report.ready_ranks):
-        return True
-    if before.model_revision != report.model_revision:
+    if replace(before, time=report.time, load_percent=report.load_percent) != report:
         return True
     moved = abs(report.load_percent - before.load_percent)
     return moved >= LEAST_PROGRESS or (moved > 0 and report.load_percent == 100)
@@ -138,4 +137,25 @@ def report_of(gang: str, answer: worker_pb2.GangStatusResponse, now: datetime) -
         load_percent=int(engine.load_percent),
         time=now,
         model_revision=answer.model_revision,
+        faults=tuple(map(_fault, engine.last_faults)),
+        rebuilds=tuple(map(_rebuild, engine.last_rebuilds)),
+    )
+
+
+def _fault(fault: worker_pb2.Fault) -> ReportedFault:
+    return ReportedFault(
+        time=datetime.fromtimestamp(fault.unix_seconds, UTC),
+        epoch=fault.epoch,
+        kind=fault.kind,
+        message=fault.message,
+    )
+
+
+def _rebuild(rebuild: worker_pb2.Rebuild) -> ReportedRebuild:
+    return ReportedRebuild(
+        time=datetime.fromtimestamp(rebuild.unix_seconds, UTC),
+        epoch=rebuild.epoch,
+        kind=rebuild.kind,
+        seconds=rebuild.seconds,
+        replayed_requests=rebuild.replayed_requests,
     )

@@ -110,10 +110,9 @@ def _status(
     model: str, name: str, remembered: GangStatus | None, statefulset: StatefulSetRecord | None, known: Orders
 ) -> GangStatus:
     """What it was told is what status and the ConfigMap say together: either may have been lost."""
-    told: dict[str, object] = {"attempt": known.attempt, "model_revision": known.model_revision}
+    told = _as_told(known)
     if remembered is not None:
-        orders = orders_of(remembered).over(known)
-        told = {"attempt": orders.attempt, "model_revision": orders.model_revision}
+        told = _as_told(orders_of(remembered).over(known))
         if statefulset is None or remembered.uid == statefulset.uid:
             return remembered.model_copy(update=told)
         if not remembered.uid:
@@ -132,11 +131,24 @@ def _status(
     return fresh.model_copy(update=told)
 
 
+def _as_told(orders: Orders) -> dict[str, object]:
+    return {
+        "attempt": orders.attempt,
+        "rebuilds_requested": orders.rebuild,
+        "model_revision": orders.model_revision,
+    }
+
+
 def orders_of(status: GangStatus) -> Orders:
     """What a gang's pods are to be told."""
-    return Orders(attempt=status.attempt, model_revision=status.model_revision)
+    return Orders(attempt=status.attempt, rebuild=status.rebuilds_requested, model_revision=status.model_revision)
 
 
 def told(status: GangStatus) -> WriteAttempt:
     """Has the gang's pods told that."""
-    return WriteAttempt(gang=status.name, attempt=status.attempt, model_revision=status.model_revision)
+    return WriteAttempt(
+        gang=status.name,
+        attempt=status.attempt,
+        rebuild=status.rebuilds_requested,
+        model_revision=status.model_revision,
+    )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
-from tpmodel_operator import clock, faults, formation, restarts
+from tpmodel_operator import chronicle, clock, faults, formation, restarts
 from tpmodel_operator.actions import Action
 from tpmodel_operator.api import Failure, GangPod, GangStatus, HandledEnd
 from tpmodel_operator.circumstances import Circumstances
@@ -54,16 +54,28 @@ def _watched(gang: Gang, around: Circumstances) -> Judged:
     fault = faults.find(gang, around)
     if fault is not None:
         return _answer(gang, fault, around)
-    formed = gang.status.formed or formation.is_complete(gang)
-    gang = _with(gang, _refunded(gang.status, around).model_copy(update={"formed": formed, "handled": _ends(gang)}))
+    seen = _formed(gang, around) | {"handled": _ends(gang)}
+    gang = _with(gang, _refunded(gang.status, around).model_copy(update=seen))
     wakeups = list(faults.wakeups(gang, around))
     if gang.status.restarts and (stable := _stable_from(gang.status, around)) is not None:
         wakeups.append(stable)
-    return Judged(status=gang.status, actions=_attempt_kept(gang), wakeups=tuple(wakeups))
+    actions = (*_attempt_kept(gang), *restarts.freed(gang.pods, around))
+    return Judged(status=gang.status, actions=actions, wakeups=tuple(wakeups))
+
+
+def _formed(gang: Gang, around: Circumstances) -> dict[str, object]:
+    """Whether all its containers have started in this attempt, and since when one that had is missing again."""
+    status, complete, now = gang.status, formation.is_complete(gang), clock.text(around.now)
+    if complete:
+        since = now if status.incomplete_since else status.complete_since
+        return {"formed": True, "incomplete_since": "", "complete_since": since}
+    if not status.formed:
+        return {"formed": False}
+    return {"formed": True, "incomplete_since": status.incomplete_since or now}
 
 
 def _answer(gang: Gang, fault: Fault, around: Circumstances) -> Judged:
-    answer = faults.ANSWERS["Restart"][fault.cause]
+    answer = faults.ANSWERS[around.recovery.mode][fault.cause]
     missed = gang.status.deadline_missed or fault.cause is faults.Cause.FORMATION_DEADLINE
     gang = _with(gang, gang.status.model_copy(update={"handled": _ends(gang), "deadline_missed": missed}))
     if answer is Answer.FAIL:
@@ -155,6 +167,7 @@ def _described(gang: Gang, judged: Judged) -> Judged:
     report = gang.report
     if report is not None and _is_of_this_attempt(report, judged.status):
         shown |= {"epoch": report.epoch, "ready_ranks": report.ready_ranks, "load_percent": report.load_percent}
+        shown |= chronicle.continued(judged.status, report)
     return replace(judged, status=judged.status.model_copy(update=shown))
 
 

@@ -16,6 +16,8 @@ REVISION_LABEL = "tpmodel.dev/revision"
 IMAGE_ANNOTATION = "tpmodel.dev/image"
 TAKE_IMAGE_ANNOTATION = "tpmodel.dev/take-default-image"
 """On a TPModel: set to the operator's default image, it takes it."""
+REBUILD_ANNOTATION = "tpmodel.dev/rebuild"
+"""On a TPModel: each new value has every gang build a new world, once."""
 WATCH_SELECTOR = f"{MANAGED_BY}={MANAGED_BY_VALUE}"
 
 CONTAINER = "worker"

@@ -94,6 +94,31 @@ class Orders:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedFault:
+    """A fault of a world that served, as its engine saw it."""
+
+    time: datetime
+    epoch: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedRebuild:
+    """A world that took the place of one that was lost."""
+
+    time: datetime
+    """When the fault was detected."""
+    epoch: int
+    """The new world's."""
+    kind: str
+    """Of the fault."""
+    seconds: float
+    """From the detection to the new world's first step."""
+    replayed_requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GangReport:
     """GangStatus as the gang's leader pod answered it; never an input of a restart."""
 
@@ -105,6 +130,10 @@ class GangReport:
     time: datetime
     model_revision: str = ""
     """The commit that its model was resolved to, if it comes from a hub."""
+    faults: tuple[ReportedFault, ...] = ()
+    """The last ones, oldest first; of this engine only."""
+    rebuilds: tuple[ReportedRebuild, ...] = ()
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,6 +130,7 @@ class Reconciler:
             gangs=gangs,
             image=model.status.image,
             model_revision=model.status.model_revision,
+            rebuild_requested=model.status.rebuild_requested,
             refusal=refusal,
         )
         now = datetime.now(UTC)

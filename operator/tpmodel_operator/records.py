@@ -51,7 +51,7 @@ def tpmodel(item: Json) -> TPModel:
         "annotations": {
             name: value
             for name, value in metadata.get("annotations", {}).items()
-            if name == names.TAKE_IMAGE_ANNOTATION
+            if name in (names.TAKE_IMAGE_ANNOTATION, names.REBUILD_ANNOTATION)
         },
         "status": TPModelStatus.model_validate(item.get("status") or {}),
     }

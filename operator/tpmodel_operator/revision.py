@@ -25,6 +25,7 @@ _NOT_OF_PODS: dict[str, Any] = {
     "image": {"reference"},
     "ranks_per_pod": True,
     "recovery": {
+        "mode",
         "deadline",
         "max_restarts",
         "backoff_base",
@@ -41,6 +42,9 @@ def revision(spec: TPModelSpec, image: str) -> str:
     content = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=_NOT_OF_PODS)
     content = {name: value for name, value in content.items() if value != {}}
     content["image"] = content.get("image", {}) | {"resolved": image}
+    if spec.recovery.mode != "Restart":
+        # Whatever the default: objects hold the one of the time when they were made.
+        content["recovery"] = content.get("recovery", {}) | {"mode": spec.recovery.mode}
     ranks = defaults.ranks_per_pod(spec)
     if ranks != defaults.ranks_per_pod(spec.model_copy(update={"ranks_per_pod": None})):
         content["ranksPerPod"] = ranks

@@ -172,11 +172,6 @@ _ENVIRONMENT_RULES = (
 
 _RECOVERY_RULES = (
     must(
-        "self.mode != 'InPlace'",
-        "recovery.mode InPlace is not supported yet: write mode: Restart, or leave it out",
-        field=".mode",
-    ),
-    must(
         "self.backoffLimit >= self.backoffBase",
         "backoffLimit is below backoffBase: write a backoffLimit of at least backoffBase",
         field=".backoffLimit",

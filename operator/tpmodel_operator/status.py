@@ -24,6 +24,7 @@ def build(model: TPModel, situation: Situation, leaving: list[GangStatus], now: 
         revision=situation.revision,
         image=situation.image,
         model_revision=situation.model_revision,
+        rebuild_requested=situation.rebuild_requested,
         url=names.url(model.name, model.namespace),
         state=word(situation),
         gangs=gangs,

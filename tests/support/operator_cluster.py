@@ -66,6 +66,7 @@ class Cluster:
     attempts: dict[str, int] = field(default_factory=dict)
     """What the gangs' ConfigMaps say, and the same of commits."""
     commits: dict[str, str] = field(default_factory=dict)
+    rebuilds: dict[str, int] = field(default_factory=dict)
     reports: dict[str, GangReport] = field(default_factory=dict)
     tokens_missing: set[str] = field(default_factory=set)
     volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -96,10 +97,7 @@ class Cluster:
             statefulsets=tuple(self.statefulsets.values()),
             pods=tuple(self.pods.values()),
             nodes={name: node for name, node in self.nodes.items() if self._is_of_interest(name)},
-            orders={
-                name: Orders(attempt=attempt, model_revision=self.commits.get(name, ""))
-                for name, attempt in self.attempts.items()
-            },
+            orders={name: self._orders(name) for name in self.attempts},
             reports=self.reports,
             tokens_missing=frozenset(self.tokens_missing),
             volumes=self.volumes,
@@ -142,6 +140,7 @@ class Cluster:
             case WriteAttempt():
                 self.attempts[action.gang] = max(action.attempt, self.attempts.get(action.gang, 0))
                 self._tell_commit(action.gang, action.model_revision)
+                self.rebuilds[action.gang] = max(action.rebuild, self.rebuilds.get(action.gang, 0))
             case DeletePod():
                 self.deletions.append(action)
                 self.delete_pod(action.uid, action.grace_seconds)
@@ -257,6 +256,10 @@ class Cluster:
                 created=self.now,
             )
 
+    def _orders(self, gang: str) -> Orders:
+        commit = self.commits.get(gang, "")
+        return Orders(attempt=self.attempts[gang], rebuild=self.rebuilds.get(gang, 0), model_revision=commit)
+
     def _tell_commit(self, gang: str, commit: str) -> None:
         if commit:
             self.commits[gang] = commit
@@ -270,6 +273,7 @@ class Cluster:
                     self.delete_pod(pod.uid)
         self.attempts.pop(action.name, None)
         self.commits.pop(action.name, None)
+        self.rebuilds.pop(action.name, None)
 
     def _make_pod(self, statefulset: StatefulSetRecord, index: int) -> None:
         uid = self._uid()

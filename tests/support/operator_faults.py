@@ -158,6 +158,8 @@ class FaultyCluster(Cluster):
         leader = pods.get(0)
         if leader is None or leader.uid not in self.worlds or not self.nodes[leader.node].ready:
             return
+        if self.spec.recovery.mode == "InPlace":
+            return  # survivors wait
         peers = [pods.get(index) for index in range(self.statefulsets[name].pods)]
         if leader.running and not all(peer is not None and peer.running and self._of_world(peer) for peer in peers):
             self.worlds.discard(leader.uid)
@@ -230,8 +232,8 @@ class FaultyCluster(Cluster):
         entry = next(entry for entry in self.status.gangs if entry.name == pod.gang)
         on_dead_node = pod.deleting_since is not None and not self.nodes[pod.node].ready
         assert action.grace_seconds > 0 or on_dead_node, "no grace for a pod on a live node"
-        if entry.phase == "Draining":
-            assert on_dead_node, "a leaving gang's pod was deleted"
+        if entry.phase == "Draining" or (entry.restart is None and action.grace_seconds == 0):
+            assert on_dead_node, "a pod was deleted that nobody had given up"
             return
         assert entry.restart is not None
         assert entry.restart.began

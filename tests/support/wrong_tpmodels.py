@@ -107,11 +107,6 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.rollout.maxUnavailable",
         "maxUnavailable and maxSurge are both 0, so no gang could ever be replaced: write at least 1 for one of them",
     ),
-    "in_place_recovery": (
-        {"recovery": {"mode": "InPlace"}},
-        "spec.recovery.mode",
-        "recovery.mode InPlace is not supported yet: write mode: Restart, or leave it out",
-    ),
     "backoff_limit_below_base": (
         {"recovery": {"backoffBase": 60, "backoffLimit": 30}},
         "spec.recovery.backoffLimit",

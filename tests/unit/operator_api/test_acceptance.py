@@ -179,7 +179,6 @@ def test_a_sidecar_cannot_take_the_workers_place() -> None:
     ("fields", "expected"),
     [
         ({"tensorParallelSize": 6, "ranksPerPod": 4}, "NotDivisible"),
-        ({"recovery": {"mode": "InPlace"}}, "UnsupportedRecoveryMode"),
         ({"rollout": {"maxUnavailable": 0}}, "RolloutImpossible"),
         ({"model": {"uri": "s3://bucket"}}, "UnknownModelSource"),
     ],

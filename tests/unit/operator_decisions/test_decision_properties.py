@@ -10,11 +10,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support import scale
 from support.operator_cluster import spec_with
 from support.operator_faults import FaultyCluster
+from tpmodel_operator import faults
 from tpmodel_operator.api import Rollout
+from tpmodel_operator.names import REBUILD_ANNOTATION
 from tpmodel_operator.observed import NodeRecord
 
 ROLLOUTS = (Rollout(), Rollout(max_unavailable=0, max_surge=1), Rollout(max_unavailable=2), Rollout(max_surge=1))
 RECOVERY = {"maxRestarts": 6, "stabilityWindow": 100_000}
+MODES = ("Restart", "InPlace")
 
 
 def cluster_of(seed: int, **changes: Any) -> FaultyCluster:
@@ -41,10 +44,15 @@ class Chaos(RuleBasedStateMachine):
         replicas=st.integers(1, 3),
         rollout=st.sampled_from(ROLLOUTS),
         pods=st.integers(1, 3),
+        mode=st.sampled_from(MODES),
     )
-    def install(self, seed: int, replicas: int, rollout: Rollout, pods: int) -> None:
+    def install(self, seed: int, replicas: int, rollout: Rollout, pods: int, mode: str) -> None:
         self.cluster = cluster_of(
-            seed, replicas=replicas, rollout=rollout.model_dump(), tensorParallelSize=pods, recovery=RECOVERY
+            seed,
+            replicas=replicas,
+            rollout=rollout.model_dump(),
+            tensorParallelSize=pods,
+            recovery=RECOVERY | {"mode": mode},
         )
 
     @rule(lag=st.integers(0, 8))
@@ -102,6 +110,11 @@ class Chaos(RuleBasedStateMachine):
     def the_spec_changes(self, seconds: int) -> None:
         self.cluster.edit(drain_timeout=seconds)
 
+    @rule()
+    def a_rebuild_is_asked_for(self) -> None:
+        number = int(self.cluster.annotations.get(REBUILD_ANNOTATION, "0")) + 1
+        self.cluster.annotations = {REBUILD_ANNOTATION: str(number)}
+
     @rule(replicas=st.integers(0, 4))
     def the_model_is_scaled(self, replicas: int) -> None:
         self.cluster.edit(replicas=replicas)
@@ -114,6 +127,11 @@ class Chaos(RuleBasedStateMachine):
         cluster = self.cluster
         cluster.come_to_rest()
         cluster.check()
+        answered = faults.ANSWERS[cluster.spec.recovery.mode]
+        restarted = [entry.last_restart.cause for entry in cluster.status.gangs if entry.last_restart is not None]
+        assert all(cause in answered for cause in restarted), "restarted for what the mode leaves to others"
+        told = {entry.name: entry.rebuilds_requested for entry in cluster.status.gangs}
+        assert {name: cluster.rebuilds.get(name, 0) for name in told} == told
         failed = [entry for entry in cluster.status.gangs if entry.failure is not None]
         assert all(entry.restarts == RECOVERY["maxRestarts"] for entry in failed), "failed with budget left"
         if not failed:
@@ -154,6 +172,7 @@ def inject(cluster: FaultyCluster, fault: str, index: int) -> None:
 @given(
     seed=st.integers(0, 2**16),
     pods=st.integers(1, 4),
+    mode=st.sampled_from(MODES),
     fault=st.sampled_from(("deleted", "removed", "node", "hang", "token", "0", "1", "75", "137")),
     schedule=st.lists(
         st.tuples(st.integers(0, 6), st.one_of(st.none(), st.integers(0, 5)), st.booleans(), st.integers(0, 4)),
@@ -161,11 +180,13 @@ def inject(cluster: FaultyCluster, fault: str, index: int) -> None:
     ),
     data=st.data(),
 )
-def test_one_fault_is_one_attempt_whatever_the_operator_and_the_cluster_do_meanwhile(
-    seed: int, pods: int, fault: str, schedule: list[tuple[int, int | None, bool, int]], data: st.DataObject
+def test_one_fault_is_one_attempt_or_none_whatever_the_operator_and_the_cluster_do_meanwhile(
+    seed: int, pods: int, mode: str, fault: str, schedule: list[tuple[int, int | None, bool, int]], data: st.DataObject
 ):
-    """The fault's consequences (peers that end, pods made again too early) belong to it."""
-    cluster = cluster_of(seed, tensorParallelSize=pods)
+    """The fault's consequences (peers that end, pods made again too early) belong to it. In mode InPlace most faults
+    are no attempt, and no other pod is deleted."""
+    cluster = cluster_of(seed, tensorParallelSize=pods, recovery={"mode": mode})
+    others = {pod.uid for pod in cluster.pods.values()}
     inject(cluster, fault, data.draw(st.integers(0, pods - 1)))
     if fault == "hang":
         cluster.move()
@@ -185,7 +206,16 @@ def test_one_fault_is_one_attempt_whatever_the_operator_and_the_cluster_do_meanw
         cluster.check()
     cluster.come_to_rest()
     gang = cluster.gang_status()
-    assert (gang.attempt, gang.restarts_total, gang.phase) == (2, 1, "Serving")
+    in_place = mode == "InPlace" and fault not in ("75", "hang", "token")
+    restarts = 0 if in_place else 1
+    assert (gang.attempt, gang.restarts_total, gang.phase) == (1 + restarts, restarts, "Serving")
+    survivors = others & {pod.uid for pod in cluster.pods.values()}
+    if in_place:
+        gone = 1 if fault in ("deleted", "removed", "node") else 0
+        same_node = fault == "node" and len(survivors) < len(others) - 1
+        assert same_node or len(survivors) == len(others) - gone
+    else:
+        assert not survivors
 
 
 @settings(max_examples=scale.OPERATOR_ROLLOUTS, deadline=None)

@@ -10,7 +10,7 @@ from support.api_objects import START, pod, worker
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_operator import records
 from tpmodel_operator.gang_reports import AT_ONCE, GangReports, ask_leader, is_news, report_of
-from tpmodel_operator.observed import GangReport, PodRecord
+from tpmodel_operator.observed import GangReport, PodRecord, ReportedFault, ReportedRebuild
 from tpmodel_operator.queue import Key
 from tpmodel_operator.store import Entry, Store
 
@@ -140,3 +140,34 @@ async def test_a_leader_is_asked_over_grpc(monkeypatch: pytest.MonkeyPatch):
     assert (answer.gang, answer.phase, answer.epoch) == ("m-0-abcde", "Loading", 7)
     await server.stop(0)
     assert await ask_leader(leader) is None
+
+
+def test_faults_and_rebuilds_are_read_and_are_news():
+    """W26: what an engine says of the worlds that it lost and built again."""
+    engine = worker_pb2.EngineState(
+        phase=worker_pb2.PHASE_SERVING,
+        epoch=(1 << 32) | 2,
+        last_faults=[
+            worker_pb2.Fault(unix_seconds=START.timestamp(), epoch=(1 << 32) | 1, kind="rank_exited", message="rank 1")
+        ],
+        last_rebuilds=[
+            worker_pb2.Rebuild(
+                unix_seconds=START.timestamp(),
+                epoch=(1 << 32) | 2,
+                kind="rank_exited",
+                seconds=1.25,
+                replayed_requests=3,
+            )
+        ],
+    )
+    answer = worker_pb2.GangStatusResponse(engine=engine, model_revision="c" * 40)
+    report = report_of("m-0-abcde", answer, START)
+    assert report.faults == (ReportedFault(time=START, epoch=(1 << 32) | 1, kind="rank_exited", message="rank 1"),)
+    assert report.rebuilds == (
+        ReportedRebuild(time=START, epoch=(1 << 32) | 2, kind="rank_exited", seconds=1.25, replayed_requests=3),
+    )
+    assert report.model_revision == "c" * 40
+    assert is_news(replace(report, faults=()), report)
+    assert is_news(replace(report, rebuilds=()), report)
+    assert is_news(replace(report, model_revision=""), report)
+    assert not is_news(replace(report, time=START.replace(hour=5)), report)

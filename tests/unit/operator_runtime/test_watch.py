@@ -110,6 +110,10 @@ async def test_a_version_that_is_gone_is_followed_by_a_fresh_list():
             kube.put(PODS, fresh("m-0-abcde-1"))
         kube.remove(PODS, "default", "m-0-abcde-0")
         kube.cut_watches()
+        for _ in range(500):
+            await settled()
+            if len(kube.made("list", "pods")) >= 2:
+                break
         await settled()
         assert watched.names() == ["m-0-abcde-1"]
         assert len(kube.made("list", "pods")) >= 2
