@@ -20,7 +20,6 @@ REFUSED = (
     "mig_slice_with_two_ranks",
     "shared_gpu_with_two_ranks",
     "rollout_that_cannot_move",
-    "in_place_recovery",
     "backoff_limit_below_base",
     "uri_without_scheme",
     "hub_name_with_revision",
