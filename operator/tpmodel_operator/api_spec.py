@@ -166,9 +166,9 @@ class Scheduling(Model):
 class Recovery(Model):
     """What is done when something fails, and how often. Times are in seconds."""
 
-    mode: Literal["InPlace", "Restart"] = "Restart"
-    """Restart: any lost rank restarts all pods of its gang. InPlace: what died is replaced, all else keeps its weights,
-    and running requests go on; only where that does not help, all pods restart. Changing it is a rollout."""
+    mode: Literal["InPlace", "Restart"] = "InPlace"
+    """InPlace: what died is replaced, all else keeps its weights, and running requests go on; only where that does not
+    help, all pods restart. Restart: any lost rank restarts all pods of its gang. Changing it is a rollout."""
     deadline: Deadline = 120
     """For mode InPlace: how long a gang may rebuild its world before its pods are restarted."""
     max_restarts: int = Field(default=10, ge=0, le=1000)

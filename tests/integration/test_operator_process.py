@@ -116,13 +116,45 @@ def test_a_container_that_ends_restarts_the_gang_once_with_its_cause(
 
 
 def test_a_pod_that_is_deleted_restarts_the_gang_once(api: KubeApi, operator: Operator, cluster: SimulatedCluster):
-    served(api, "deleted")
+    served(api, "deleted", recovery={"mode": "Restart"})
     before = cluster.uids("deleted")
     name = cluster.pods("deleted")[0]["metadata"]["name"]
     api.call("DELETE", f"/api/v1/namespaces/default/pods/{name}")
     wait_for(lambda: len(cluster.uids("deleted") - before) == 2, seconds=10, what="two new pods")
     wait_for(lambda: is_serving(api, "deleted"), seconds=20, what="Ready again")
     assert status(api, "deleted")["gangs"][0]["attempt"] == 2
+
+
+def test_in_place_a_pod_that_is_deleted_is_made_again_alone_and_costs_no_attempt(
+    api: KubeApi, operator: Operator, cluster: SimulatedCluster
+):
+    gang = served(api, "in-place", recovery={"mode": "InPlace"})
+    before = cluster.uids("in-place")
+    name = cluster.pods("in-place")[1]["metadata"]["name"]
+    api.call("DELETE", f"/api/v1/namespaces/default/pods/{name}")
+    wait_for(lambda: len(cluster.uids("in-place") - before) == 1, seconds=10, what="a new pod")
+    wait_for(lambda: seen_uids(api, "in-place") == cluster.uids("in-place"), seconds=20, what="the new pod in status")
+    wait_for(lambda: is_serving(api, "in-place"), seconds=20, what="Ready again")
+    after = status(api, "in-place")["gangs"][0]
+    assert (after["attempt"], after["restartsTotal"]) == (gang["attempt"], 0)
+    assert len(before & cluster.uids("in-place")) == 1
+
+
+def test_a_rebuild_that_is_asked_for_is_a_file_beside_the_attempt(api: KubeApi, operator: Operator):
+    """W26."""
+    gang = served(api, "rebuilt", recovery={"mode": "InPlace"})
+    config_map = f"/api/v1/namespaces/default/configmaps/{gang['name']}-attempt"
+    for number in ("1", "2"):
+        annotated = {"metadata": {"annotations": {"tpmodel.dev/rebuild": f"at {number}"}}}
+        api.call("PATCH", f"{MODELS}/rebuilt", annotated, content_type="application/merge-patch+json")
+        wait_for(lambda: api.call("GET", config_map)["data"].get("rebuild"), seconds=10, what="the file")
+        wait_for(lambda n=number: api.call("GET", config_map)["data"]["rebuild"] == n, seconds=10, what=number)
+    assert api.call("GET", config_map)["data"] == {"attempt": "1", "rebuild": "2"}
+    assert status(api, "rebuilt")["rebuildRequested"] == "at 2"
+
+
+def seen_uids(api: KubeApi, name: str) -> set[str]:
+    return {pod["uid"] for pod in status(api, name)["gangs"][0]["pods"]}
 
 
 def test_the_operator_owns_no_field_of_the_spec_and_others_scale(api: KubeApi, operator: Operator):

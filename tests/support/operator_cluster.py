@@ -37,14 +37,15 @@ IMAGE = "registry.example/worker:1"
 
 
 def spec_with(**changes: Any) -> TPModelSpec:
-    """A model of 2 pods a gang, with changes in Python's or YAML's names."""
+    """A model of 2 pods a gang and mode Restart, with changes in Python's or YAML's names."""
     given: dict[str, Any] = {
         "model": {"uri": "hf://organisation/model"},
         "tensorParallelSize": 2,
         "ranksPerPod": 1,
         "device": "cpu",
     }
-    return TPModelSpec.model_validate(given | changes)
+    recovery = {"mode": "Restart"} | changes.pop("recovery", {})
+    return TPModelSpec.model_validate(given | changes | {"recovery": recovery})
 
 
 @dataclass

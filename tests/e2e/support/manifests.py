@@ -32,6 +32,8 @@ def tpmodel(name: str, **spec: Any) -> Object:
         "replicas": 1,
         "resources": {"cpu": "50m", "memory": "2Gi"},
         "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
+        # These tests are about restarts of whole gangs, whatever the default is.
+        "recovery": {"mode": "Restart"},
     }
     return {
         "apiVersion": "tpmodel.dev/v1alpha1",

@@ -121,7 +121,7 @@ def test_another_64_of_the_same_pod_fails_the_gang_again():
 def test_a_larger_budget_lets_a_failed_gang_go_on():
     cluster = serving(recovery={"maxRestarts": 1})
     crash_until_failed(cluster)
-    cluster.edit(recovery=Recovery(max_restarts=2))
+    cluster.edit(recovery=Recovery(mode="Restart", max_restarts=2))
     cluster.reconcile()
     cluster.wait(30)
     cluster.settle()

@@ -47,6 +47,7 @@ def test_it_does_not_move_with_what_pods_do_not_depend_on(change: dict[str, obje
         {"env": [{"name": "A", "value": "1"}]},
         {"scheduling": {"deadNodeToleration": 31}},
         {"recovery": {"progressDeadline": 601}},
+        {"recovery": {"mode": "InPlace"}},
         {"drainTimeout": 60},
         {"auth": {"tlsSecretName": "tls"}},
         {"image": {"pullPolicy": "Always"}},

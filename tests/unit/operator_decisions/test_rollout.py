@@ -50,7 +50,7 @@ def test_no_statefulset_is_changed_and_no_gang_is_of_two_revisions():
 def test_fields_that_pods_do_not_depend_on_replace_nothing():
     cluster = serving(replicas=2)
     kept = set(cluster.pods)
-    cluster.edit(rollout=SURGE, disruption_budget=2, recovery=Recovery(max_restarts=3))
+    cluster.edit(rollout=SURGE, disruption_budget=2, recovery=Recovery(mode="Restart", max_restarts=3))
     cluster.settle()
     assert set(cluster.pods) == kept
 
