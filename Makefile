@@ -1,7 +1,7 @@
 # make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
-# make test  sets everything up and passes lint, unit and integration tests
-# make e2e   passes the end-to-end tests, as root, on a cluster of this machine
-.PHONY: run test lint unit integration e2e test-gpu soak bench scale default-model lock manifests clean cluster-up cluster-down
+# make test  sets everything up and passes lint, unit, integration and end-to-end tests; these need root and a cluster,
+#            which is made on this machine (tests/cluster/README.md) and removed after
+.PHONY: run test e2e-needs lint unit integration e2e test-gpu soak bench scale default-model lock manifests clean cluster-up cluster-down
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
@@ -11,7 +11,7 @@ BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard requirements/*.txt) $(w
 run: .venv/.ready
 	@$(PYTHON) examples/run.py
 
-test: lint unit integration
+test: e2e-needs lint unit integration e2e
 
 .venv/.ready: $(BUILD_INPUTS)
 	@bash scripts/setup
@@ -29,11 +29,15 @@ unit: .venv/.ready
 integration: .venv/.ready
 	$(PYTEST) tests/integration -m "not gpu"
 
-# As root, on a cluster of this machine (tests/cluster/README.md), which is brought up before and removed after.
+# Before the other tests take their time.
+e2e-needs: .venv/.ready
+	@$(PYTHON) -m tests.cluster check
+
+# As root. The cluster is a new one, whatever an interrupted run has left, and goes when the tests end.
 e2e: .venv/.ready
-	$(PYTHON) -m tests.cluster up
-	TPMODEL_KEEP_CLUSTER=1 $(PYTEST) tests/e2e --durations=0 --durations-min=1; \
-		result=$$?; $(PYTHON) -m tests.cluster down && exit $$result
+	$(PYTHON) -m tests.cluster down
+	$(PYTHON) -m tests.cluster build
+	$(PYTEST) tests/e2e --durations=0 --durations-min=1
 
 # On a machine with GPUs: everything marked gpu, nothing skipped.
 test-gpu: .venv/.ready

@@ -48,6 +48,18 @@ def up(nodes: int, images: bool) -> None:
 
 
 @main.command()
+def check() -> None:
+    """Says what this machine lacks for the cluster of the end-to-end tests."""
+    target.check()
+
+
+@main.command()
+def build() -> None:
+    """Builds programs, images and the disk that nodes start from, so that `up` takes seconds; starts nothing."""
+    target.build()
+
+
+@main.command()
 def down() -> None:
     """Removes the cluster, whatever state it is in. Programs and images stay in the cache."""
     LocalCluster().down()

@@ -81,21 +81,26 @@ def folder() -> Path:
 
 def path(program: Program) -> Path:
     """The program, built now if the cache does not have it. Minutes the first time."""
-    built = _built(program)
-    if built.exists():
-        return built
+    target = _built(program)
+    if target.exists():
+        return target
     with cache.locked("binaries"):
-        if not built.exists():
-            _build(program, built)
-            if all(_built(other).exists() for other in ALL_PROGRAMS):
+        if not target.exists():
+            _build(program, target)
+            if built():
                 # The compiler's intermediate files take gigabytes, and nothing is left to build.
                 shutil.rmtree(_compiler_cache(), ignore_errors=True)
-    return built
+    return target
 
 
 def ensure(programs: tuple[Program, ...] = ALL_PROGRAMS) -> list[Path]:
     """The paths of several programs."""
     return [path(program) for program in programs]
+
+
+def built() -> bool:
+    """Whether the cache has every program."""
+    return all(_built(program).exists() for program in ALL_PROGRAMS)
 
 
 def _built(program: Program) -> Path:

@@ -30,18 +30,19 @@ BUILD_NEEDS = {"buildah": "buildah", "debootstrap": "debootstrap"}
 
 def ensure(needs: dict[str, str]) -> None:
     """Installs the packages of the commands that are missing."""
-    if not _missing(needs):
+    if not missing(needs):
         return
     with cache.locked("packages"):
-        packages = _missing(needs)
+        packages = missing(needs)
         if packages:
             _install(packages)
-    still = _missing(needs)
+    still = missing(needs)
     if still:
         raise ClusterError(f"installed {', '.join(still)}, and what it should bring is still missing")
 
 
-def _missing(needs: dict[str, str]) -> list[str]:
+def missing(needs: dict[str, str]) -> list[str]:
+    """The packages of the commands that are not there."""
     # Daemons' folders are not on every user's PATH.
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     return sorted({package for name, package in needs.items() if shutil.which(name, path=path) is None})

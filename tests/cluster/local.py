@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import addresses, binaries, cache, cgroups, debian, kernel_settings, network
+from . import addresses, binaries, cache, cgroups, debian, kernel_settings, network, requirements
 from .apiserver import ApiServer
 from .controllers import Controllers
 from .dns import Dns
@@ -92,8 +91,7 @@ class LocalCluster:
 
     def up(self) -> None:
         """Starts what does not run and returns when every node is Ready."""
-        if os.geteuid() != 0:
-            raise ClusterError("the local cluster needs root: it makes network and mount namespaces")
+        requirements.check()
         debian.ensure(debian.NODE_NEEDS)
         binaries.ensure(binaries.CLUSTER_PROGRAMS)
         was_up = self.folder.exists()

@@ -7,6 +7,7 @@ pods over the switch; from here pods are reached through their node and service 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,8 +86,8 @@ class Network:
 
 
 def left() -> bool:
-    """Whether this machine's interface is still there."""
-    return HOST_INTERFACE in run(["ip", "-brief", "link"])
+    """Whether this machine's interface is still there; none was ever made where there is no `ip`."""
+    return shutil.which("ip") is not None and HOST_INTERFACE in run(["ip", "-brief", "link"])
 
 
 def _link(number: int) -> str:

@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cache, checkpoints, image_load, image_seed, images, kind
+from . import binaries, cache, checkpoints, debian, image_load, image_seed, images, kind, requirements
 from .errors import ClusterError
 from .kubectl import Kubectl
 from .local import NODES, LocalCluster
@@ -57,7 +58,30 @@ def up(*, nodes: int = NODES, replace: bool = False) -> Target:
     return _local(nodes, replace=replace)
 
 
+def check() -> None:
+    """Raises with all that is missing on this machine for the chosen cluster."""
+    chosen = choice()
+    if chosen == "existing":
+        _check_existing()
+    elif chosen == "kind":
+        _check_kind()
+    else:
+        requirements.check()
+
+
+def build() -> None:
+    """Builds all that the local cluster and its tests are made of, and starts nothing that stays."""
+    requirements.check()
+    # Packages come over the network and fill the disk, programs keep the processors busy: side by side.
+    with ThreadPoolExecutor(1) as beside:
+        disk = beside.submit(lambda: image_seed.make([image.build() for image in images.ALL]))
+        debian.ensure(debian.NODE_NEEDS)
+        binaries.ensure()
+        disk.result()
+
+
 def _local(nodes: int, *, replace: bool) -> Target:
+    requirements.check()
     names = [image.build() for image in (images.WORKER, images.OPERATOR)]
     cluster = LocalCluster(count=nodes, prepare_disk=lambda node: _prepare_disk(node, names))
     if any(node.disk.exists() and not image_seed.is_current(node.disk, names) for node in cluster.nodes):
@@ -96,12 +120,16 @@ def _prepare_disk(node: Node, names: list[str]) -> None:
     checkpoints.place(node)
 
 
-def _existing() -> Target:
+def _check_existing() -> None:
     missing = [name for name in ("KUBECONFIG", WORKER_IMAGE, OPERATOR_IMAGE) if not os.environ.get(name)]
     if missing:
         raise ClusterError(
             f"{CHOICE}=existing needs {', '.join(missing)} too; its nodes must be able to pull the images"
         )
+
+
+def _existing() -> Target:
+    _check_existing()
     return Target(
         kubectl=Kubectl(Path(os.environ["KUBECONFIG"])),
         worker_image=os.environ[WORKER_IMAGE],
@@ -109,9 +137,13 @@ def _existing() -> Target:
     )
 
 
-def _kind(nodes: int) -> Target:
+def _check_kind() -> None:
     if shutil.which("kind") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
         raise ClusterError(f"{CHOICE}=kind needs kind and a running Docker")
+
+
+def _kind(nodes: int) -> Target:
+    _check_kind()
     kubeconfig = kind.up(nodes)
     worker, operator = (kind.load(image.dockerfile) for image in (images.WORKER, images.OPERATOR))
     return Target(kubectl=Kubectl(kubeconfig), worker_image=worker, operator_image=operator)

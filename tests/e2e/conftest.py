@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.no_skips import fail_if_skipped
 from tests.cluster import artifacts, cache, checkpoints
 from tests.cluster import target as targets
 from tests.cluster.faults import Faults
@@ -79,6 +80,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             artifacts.collect_logs(target.local, folder / "components")
         report.sections.append(("evidence", str(folder)))
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Nothing here may be skipped."""
+    fail_if_skipped(session, Path(__file__).parent)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
