@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from tests.cluster.faults import Faults
+from tests.cluster.kubectl import Object
 from tests.cluster.local import LocalCluster
 from tests.cluster.target import Target
 from tests.cluster.waiting import wait_until
@@ -63,7 +64,7 @@ def test_an_old_leader_on_a_node_without_kubelet_is_fenced(
         with pod_processes.frozen(inside):
             gang = before.wait_restarted()
             timings.note("kubelet and containerd stopped", "Ready elsewhere, from NotReady", clock.seconds)
-            assert gang["lastRestart"]["cause"] == "NodeLost"
+            check_decided_soon(gang, cluster, node, timings, fault="kubelet and containerd stopped")
             after = Before.of(sturdy)
             assert node not in {node_of(pod) for pod in after.pods}
         # The old leader wakes up, and does not know what has happened.
@@ -87,11 +88,7 @@ def test_a_gang_restarts_soon_after_its_leaders_node_lost_power(
     gang = before.wait_restarted()
 
     timings.note("node powered off", "Ready elsewhere", clock.seconds)
-    lost = not_ready_since(cluster, node)
-    waited = (datetime.datetime.fromisoformat(gang["lastRestart"]["time"]) - lost).total_seconds()
-    timings.note("node powered off", "restart decided, from NotReady", waited)
-    assert gang["lastRestart"]["cause"] == "NodeLost"
-    assert waited <= RESTART_SECONDS
+    check_decided_soon(gang, cluster, node, timings, fault="node powered off")
     assert ask(sturdy, bystander) == answer
     faults.bring_back(node)
     before.check_restarted_once()
@@ -129,6 +126,15 @@ def watched(model: DeployedModel) -> Iterator[Watch]:
     finally:
         watch.stop()
         thread.join()
+
+
+def check_decided_soon(gang: Object, cluster: LocalCluster, node: str, timings: Timings, *, fault: str) -> None:
+    """The restart was decided for the lost node, and in time."""
+    assert gang["lastRestart"]["cause"] == "NodeLost"
+    decided = datetime.datetime.fromisoformat(gang["lastRestart"]["time"])
+    waited = (decided - not_ready_since(cluster, node)).total_seconds()
+    timings.note(fault, "restart decided, from NotReady", waited)
+    assert waited <= RESTART_SECONDS
 
 
 def ready_addresses(model: DeployedModel) -> set[str]:

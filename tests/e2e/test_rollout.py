@@ -56,10 +56,10 @@ def test_a_template_change_replaces_gang_by_gang_and_fails_no_stream(rolled: Dep
     old = {gang["name"] for gang in rolled.gangs()}
     with (
         PodHistory(rolled) as history,
-        client.load(rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS) as load,
+        client.load_on_all(
+            rolled.leaders(), rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS
+        ) as load,
     ):
-        load.wait_begun(4)
-        assert all(client.running(leader) for leader in rolled.leaders())
         changed = time.time()
         rolled.patch({"env": [{"name": "OMP_NUM_THREADS", "value": "1"}, {"name": "GENERATION", "value": "2"}]})
         rolled.wait_ready(seconds=2 * READY_SECONDS)
@@ -84,8 +84,9 @@ def test_draining_a_workers_node_fails_no_stream(rolled: DeployedModel, client: 
     node = min(pods_of, key=lambda name: pods_of[name])
     touched = {gang_of(pod) for pod in rolled.pods() if node_of(pod) == node}
     attempts = {gang["name"]: gang["attempt"] for gang in rolled.gangs()}
-    with client.load(rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS) as load:
-        load.wait_begun(4)
+    with client.load_on_all(
+        rolled.leaders(), rolled.url, streams=4, tokens=STREAM_TOKENS, seconds=E2E_STREAM_SECONDS
+    ) as load:
         began = time.time()
         try:
             rolled.kubectl.run(

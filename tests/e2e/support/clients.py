@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -20,6 +22,8 @@ PROGRAM = Path(client_program.__file__)
 FOLDER = "/client"
 READY_SECONDS = 120.0
 """For a pod whose image is on the node; kubelet may be starting others."""
+SPREAD_SECONDS = 120.0
+"""For a client to find all gangs: names are remembered for up to 30 s, and connections made anew after that."""
 END_SECONDS = 300.0
 """For running streams to end: longer than any test's streams last."""
 ANSWERED = re.compile(r'^tpmodel_requests_total\{.*code="OK".*\} (\d+)', re.MULTILINE)
@@ -61,6 +65,25 @@ class Client:
         """Keeps so many streams open, see client_program.load; to be used in a `with` block."""
         arguments = {"target": target, "streams": streams, "tokens": tokens, "seconds": seconds, "pause": pause}
         return Load(self.kubectl.command(*self._command("load", json.dumps(arguments))))
+
+    @contextlib.contextmanager
+    def load_on_all(self, leaders: Sequence[Object], target: str, *, streams: int, **load: Any) -> Iterator[Load]:
+        """A load of which each of these leader pods runs a stream.
+
+        A client knows the gangs that the cluster's name server knew when it asked, and connects to one after the
+        other: streams that begin soon after may all be on one gang. Then the load is left, and another begun.
+        """
+        deadline = time.monotonic() + SPREAD_SECONDS
+        while True:
+            with self.load(target, streams=streams, **load) as begun:
+                begun.wait_begun(streams)
+                running = [self.running(leader) for leader in leaders]
+                if all(running):
+                    yield begun
+                    return
+                begun.stop()
+            assert begun.failures() == []
+            assert time.monotonic() < deadline, f"streams of one client on the gangs: {running}"
 
     def run(self, *arguments: str, given: str = "") -> str:
         """Runs the client program to its end."""
