@@ -59,10 +59,10 @@ class PodHistory:
 
 
 def _objects(lines: IO[str]) -> Iterator[Object]:
-    """JSON objects one after the other, each over several lines; a closing brace at a line's begin ends one."""
+    """JSON objects one after the other, each in a line, or indented over several."""
     text: list[str] = []
     for line in lines:
         text.append(line)
-        if line.rstrip() == "}":
+        if line[0] in "{}" and line.rstrip().endswith("}"):
             yield json.loads("".join(text))
             text.clear()
