@@ -10,6 +10,9 @@ from tpmodel_operator.resources.objects import Object
 
 COMMAND = "tpmodel-worker"
 READY_SERVICE = "tpmodel.v1.Ready"
+PROBE_SECONDS = 5
+"""For an answer. "Not ready" comes at once and counts at once; one that a busy machine only holds up must not take a
+gang that serves away from its clients, and out of its disruption budget's protection."""
 
 _PORTS = {
     "grpc": names.INFERENCE_PORT,
@@ -129,7 +132,7 @@ def _probe(service: str, *, period: int, failures: int) -> Object:
     return {
         "grpc": {"port": names.HEALTH_PORT, "service": service},
         "periodSeconds": period,
-        "timeoutSeconds": min(period, 5),
+        "timeoutSeconds": PROBE_SECONDS,
         "failureThreshold": failures,
     }
 

@@ -292,6 +292,13 @@ def test_the_supervisor_is_asked_whether_it_lives_and_the_gang_whether_it_is_rea
     assert "startupProbe" not in made
 
 
+def test_an_answer_that_is_late_is_not_taken_for_a_no():
+    probe = worker()["readinessProbe"]
+    # "No" counts at once; silence has to last.
+    assert probe["failureThreshold"] == 1
+    assert probe["timeoutSeconds"] >= 5
+
+
 def test_the_termination_message_is_what_the_supervisor_wrote_never_its_log():
     assert worker()["terminationMessagePolicy"] == "File"
 
