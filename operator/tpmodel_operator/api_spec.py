@@ -170,7 +170,9 @@ class Recovery(Model):
     """InPlace: what died is replaced, all else keeps its weights, and running requests go on; only where that does not
     help, all pods restart. Restart: any lost rank restarts all pods of its gang. Changing it is a rollout."""
     deadline: Deadline = 120
-    """For mode InPlace: how long a gang may rebuild its world before its pods are restarted."""
+    """How long a gang that was Ready may be not Ready, and a minute more, before all its pods restart; in mode InPlace
+    this is what a rebuild may take, and the load of a container that was started again. Not counted while a pod that
+    was made again waits for a node or loads."""
     max_restarts: int = Field(default=10, ge=0, le=1000)
     """Restarts of a gang before it is Failed; counted anew after stabilityWindow. 0: never restart."""
     backoff_base: Duration = 30

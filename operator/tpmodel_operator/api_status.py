@@ -169,10 +169,10 @@ class GangStatus(StatusModel):
     """Since when it has been Ready, RFC 3339."""
     not_ready_since: StatusText = ""
     """Since when it is no longer Ready, RFC 3339; empty before it has been Ready in this attempt."""
+    was_ready_since: StatusText = ""
+    """Since when it had been Ready before that, RFC 3339."""
     incomplete_since: StatusText = ""
     """Since when a pod that had started is being made again within the attempt, RFC 3339; empty: none is."""
-    complete_since: StatusText = ""
-    """Since when all containers run again after that, RFC 3339."""
     rebuilds_requested: int = 0
     """How often the annotation tpmodel.dev/rebuild has asked it for a new world."""
     faults: Annotated[list[GangFault], Field(max_length=KEPT)] = []

@@ -231,12 +231,18 @@ def _drains(gang: Gang, around: Circumstances) -> bool:
 
 
 def _leader_deadline(gang: Gang, around: Circumstances) -> datetime | None:
-    """None while a pod is being made again: a world cannot be rebuilt without it, and formation has its deadline."""
+    """None while a pod is made again, or loads for the first time: that is forming, which has deadlines of its own."""
     since = clock.moment(gang.status.not_ready_since)
-    if since is None or gang.status.incomplete_since:
+    if since is None or gang.status.incomplete_since or any(_is_new(pod, gang, since) for pod in gang.pods):
         return None
-    whole = clock.moment(gang.status.complete_since)
-    return clock.later(max(since, whole or since), around.recovery.deadline + LEADER_PATIENCE)
+    return clock.later(since, around.recovery.deadline + LEADER_PATIENCE)
+
+
+def _is_new(pod: PodRecord, gang: Gang, since: datetime) -> bool:
+    """Whether the pod has taken the place of one whose loss made the leader not Ready, which shows a little later, and
+    has not been part of a Ready gang. One whose container has ended already is like any other."""
+    last_ready = clock.moment(gang.status.was_ready_since) or since
+    return pod.created > max(last_ready, clock.later(since, -LEADER_PATIENCE)) and ends(pod) == 0
 
 
 def _unanswered(gang: Gang, pod: PodRecord) -> int | None:

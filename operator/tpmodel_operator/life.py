@@ -65,13 +65,11 @@ def _watched(gang: Gang, around: Circumstances) -> Judged:
 
 def _formed(gang: Gang, around: Circumstances) -> dict[str, object]:
     """Whether all its containers have started in this attempt, and since when one that had is missing again."""
-    status, complete, now = gang.status, formation.is_complete(gang), clock.text(around.now)
-    if complete:
-        since = now if status.incomplete_since else status.complete_since
-        return {"formed": True, "incomplete_since": "", "complete_since": since}
-    if not status.formed:
+    if formation.is_complete(gang):
+        return {"formed": True, "incomplete_since": ""}
+    if not gang.status.formed:
         return {"formed": False}
-    return {"formed": True, "incomplete_since": status.incomplete_since or now}
+    return {"formed": True, "incomplete_since": gang.status.incomplete_since or clock.text(around.now)}
 
 
 def _answer(gang: Gang, fault: Fault, around: Circumstances) -> Judged:
@@ -146,7 +144,8 @@ def _readiness(gang: Gang, around: Circumstances) -> GangStatus:
             update={"ready": True, "ready_since": since, "not_ready_since": "", "deadline_missed": False}
         )
     if status.ready_since:
-        return status.model_copy(update={"ready": False, "ready_since": "", "not_ready_since": changed})
+        lost = {"ready": False, "ready_since": "", "not_ready_since": changed, "was_ready_since": status.ready_since}
+        return status.model_copy(update=lost)
     return status.model_copy(update={"ready": False})
 
 

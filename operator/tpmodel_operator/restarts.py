@@ -114,8 +114,8 @@ def _as_new(restart: Restart) -> dict[str, object]:
         "ready": False,
         "ready_since": "",
         "not_ready_since": "",
+        "was_ready_since": "",
         "incomplete_since": "",
-        "complete_since": "",
         "ready_ranks": 0,
         "load_percent": 0,
     }
