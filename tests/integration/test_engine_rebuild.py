@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from support.fake_rank import (
+    TOKEN,
     FakeGang,
     answers_after,
     fails,
@@ -22,7 +26,8 @@ from support.fake_rank import (
 from support.fake_supervisor import FakeSupervisor, fake_supervisor
 from support.simulated_rank import true_outputs
 from support.whole_engine import ATTEMPT, TIMEOUTS, engine_settings, register, request, until_phase
-from tpmodel.v1 import worker_pb2
+from tpmodel.v1 import worker_pb2, worker_pb2_grpc
+from tpmodel_worker.auth import token_metadata
 from tpmodel_worker.engine.requests import QueueFullError, RefusedError, SequenceOutput
 from tpmodel_worker.engine.service import Engine
 from tpmodel_worker.settings import ServeSettings
@@ -321,6 +326,108 @@ async def test_a_stop_while_rebuilding_ends_at_once(served: Served) -> None:
     await served.engine.stop()
     assert time.monotonic() - started < 3
     assert served.error() is not None
+
+
+async def ask_to_rebuild(
+    engine: Engine, *, source: str = "user", generation: int = 0, token: str = TOKEN
+) -> worker_pb2.RebuildResponse:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.control_port}") as channel:
+        stub: worker_pb2_grpc.GangServiceAsyncStub = worker_pb2_grpc.GangServiceStub(channel)
+        message = worker_pb2.RebuildRequest(source=source, generation=generation)
+        return await stub.Rebuild(message, metadata=token_metadata(token), timeout=5.0)
+
+
+async def test_a_request_for_a_newer_world_aborts_what_is_in_flight_and_rebuilds(served: Served) -> None:
+    """W25, W26: older and equal generations are ignored; it costs nothing of the budget, and streams go on."""
+    left = served.engine.status.state.rebuilds_left
+    served.engine.submit(request())
+    await until(lambda: len(served.tokens()) > 2)
+    asked = await ask_to_rebuild(served.engine, generation=5)
+    assert (asked.accepted, asked.generation, asked.epoch) == (True, 5, FIRST_EPOCH)
+    await until(served.ended)
+    assert served.tokens() == TRUE
+    state = served.engine.status.state
+    assert state.epoch == FIRST_EPOCH + 1
+    assert [rank.aborts[0].epoch for rank in served.gang.ranks] == [FIRST_EPOCH] * 2
+    assert state.last_faults[-1].kind == "newer_generation"
+    assert "generation 5 of user" in state.last_faults[-1].message
+    assert state.rebuilds_left == left
+    for generation in (5, 4):
+        again = await ask_to_rebuild(served.engine, generation=generation)
+        assert (again.accepted, again.generation) == (False, 5)
+    assert (await ask_to_rebuild(served.engine)).generation == 6
+    await until(lambda: served.engine.status.state.epoch == FIRST_EPOCH + 2)
+
+
+async def test_a_newer_generation_while_unbuilt_is_recorded_and_triggers_a_build(
+    settings: ServeSettings, gang: FakeGang, supervisor: FakeSupervisor
+) -> None:
+    """W26."""
+    engine = Engine(settings, timeouts=TIMEOUTS)
+    await engine.start()
+    try:
+        gang[1].on["init"] = fails(worker_pb2.ERROR_KIND_COMMUNICATOR, "no device")
+        await register(engine, supervisor.registration(attempt=ATTEMPT))
+        # Pauses between builds grow to seconds.
+        await until(lambda: gang[1].names().count("init") >= 4, 10)
+        gang[1].on["init"] = gang[0].on["init"]
+        asked = time.monotonic()
+        assert (await ask_to_rebuild(engine, generation=7)).accepted
+        await until_phase(engine, SERVING)
+        assert time.monotonic() - asked < 1.0
+        assert not (await ask_to_rebuild(engine, generation=7)).accepted
+    finally:
+        await engine.stop()
+
+
+async def test_a_rise_of_the_operators_counter_rebuilds(
+    settings: ServeSettings, gang: FakeGang, supervisor: FakeSupervisor, tmp_path: Path
+) -> None:
+    """W27: what it finds at first is silent, so is what it finds again."""
+    (tmp_path / "rebuild").write_text("3")
+    engine = Engine(dataclasses.replace(settings, gang_dir=str(tmp_path)), timeouts=TIMEOUTS)
+    await engine.start()
+    try:
+        await register(engine, supervisor.registration(attempt=ATTEMPT))
+        await until_phase(engine, SERVING)
+        await asyncio.sleep(1.2)
+        assert engine.status.state.epoch == FIRST_EPOCH
+        (tmp_path / "rebuild").write_text("4")
+        await until(lambda: engine.status.state.epoch == FIRST_EPOCH + 1 and engine.status.phase == SERVING)
+        assert "generation 4 of operator" in engine.status.state.last_faults[-1].message
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "code"),
+    [
+        ("Restart", TOKEN, grpc.StatusCode.FAILED_PRECONDITION),
+        ("InPlace", "wrong", grpc.StatusCode.UNAUTHENTICATED),
+    ],
+)
+async def test_a_request_to_rebuild_is_refused(
+    settings: ServeSettings, mode: Any, token: str, code: grpc.StatusCode
+) -> None:
+    engine = Engine(dataclasses.replace(settings, recovery_mode=mode), timeouts=TIMEOUTS)
+    await engine.start()
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask_to_rebuild(engine, token=token)
+        assert caught.value.code() is code
+    finally:
+        await engine.stop()
+
+
+async def test_a_rank_that_registers_as_another_process_is_a_newer_generation(served: Served) -> None:
+    """W26: also where neither its session nor its supervisor said anything."""
+    served.engine.submit(request())
+    await until(lambda: len(served.tokens()) > 2)
+    served.gang[1].pid += 1
+    await served.register()
+    await until(served.ended)
+    assert served.tokens() == TRUE
+    assert served.engine.status.state.epoch == FIRST_EPOCH + 1
 
 
 async def test_a_supervisor_that_takes_no_watch_is_reported_and_asked_again(

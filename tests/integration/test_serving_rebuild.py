@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -193,3 +196,21 @@ def test_a_client_that_goes_while_rebuilding_leaves_nothing(server: LocalServer)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert (state.waiting, state.kv_blocks_used) == (0, 0)
+
+
+def test_tpmodel_rebuild_asks_for_a_new_world_with_the_same_processes(
+    server: LocalServer, undisturbed: dict[str, Result]
+) -> None:
+    """W26."""
+    before, epoch = pids(server), gang_status(server).engine.epoch
+    (control,) = (port for flag, port in itertools.pairwise(server._ports) if flag == "--control-port")
+    streams = Streams(server.target)
+    streams.wait_until_all_run()
+
+    command = [sys.executable, "-m", "tpmodel", "rebuild", "--target", f"127.0.0.1:{control}"]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert asked.stdout.startswith(f"serving at epoch {epoch + 1} after ")
+    assert_same(streams.end(), undisturbed)
+    assert pids(server) == before

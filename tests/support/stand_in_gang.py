@@ -38,6 +38,11 @@ class _GangService(worker_pb2_grpc.GangServiceServicer):
         yield worker_pb2.EngineState(instance_id=self._instance)
         await asyncio.Event().wait()
 
+    async def Rebuild(  # noqa: N802
+        self, request: worker_pb2.RebuildRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.RebuildResponse:
+        return worker_pb2.RebuildResponse(accepted=True)
+
     async def Drain(  # noqa: N802
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DrainResponse:

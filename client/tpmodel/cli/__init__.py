@@ -7,6 +7,7 @@ import click
 from tpmodel.cli.bench import bench
 from tpmodel.cli.chat import chat
 from tpmodel.cli.generate import generate
+from tpmodel.cli.rebuild import rebuild
 from tpmodel.cli.serve import serve
 from tpmodel.cli.status import status
 
@@ -17,5 +18,5 @@ def main() -> None:
     """Serve a large language model over several GPUs, and talk to it."""
 
 
-for command in (serve, generate, chat, status, bench):
+for command in (serve, generate, chat, status, rebuild, bench):
     main.add_command(command)

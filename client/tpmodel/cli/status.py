@@ -67,7 +67,25 @@ def _lines(reply: worker_pb2.GangStatusResponse) -> list[str]:
         for process in reply.processes
         if process.device_bytes
     ]
-    for fault in engine.last_faults:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.unix_seconds))
-        lines.append(f"fault at {when}, epoch {fault.epoch}: {fault.kind}: {fault.message}")
+    if engine.rebuilds:
+        lines.append(f"rebuilds: {engine.rebuilds}, {engine.rebuilds_left} more before the gang restarts")
+    lines += [_fault_line(fault) for fault in engine.last_faults]
+    lines += [_rebuild_line(rebuild) for rebuild in engine.last_rebuilds]
     return lines
+
+
+def _fault_line(fault: worker_pb2.Fault) -> str:
+    detected = f", detected after {fault.detection_seconds:.2f} s" if fault.detection_seconds else ""
+    return f"fault at {_when(fault.unix_seconds)}, epoch {fault.epoch}{detected}: {fault.kind}: {fault.message}"
+
+
+def _rebuild_line(rebuild: worker_pb2.Rebuild) -> str:
+    spent = ", ".join(f"{phase.name} {phase.seconds:.2f}" for phase in rebuild.phases)
+    return (
+        f"rebuilt at {_when(rebuild.unix_seconds + rebuild.seconds)}, epoch {rebuild.epoch}, after {rebuild.kind}, in "
+        f"{rebuild.seconds:.2f} s ({spent}), {rebuild.replayed_requests} requests went on"
+    )
+
+
+def _when(unix_seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))

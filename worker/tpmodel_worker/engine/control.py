@@ -17,6 +17,7 @@ from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_worker import attempts
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.engine.errors import RebuildRefusedError
 from tpmodel_worker.engine.members import Members, OtherAttemptError, OtherModelError, RegistrationError
 from tpmodel_worker.engine.status import EngineStatus
 
@@ -41,6 +42,10 @@ class Gang(Protocol):
 
     def pod_drains(self, name: str) -> None:
         """A pod of the gang got SIGTERM."""
+        ...
+
+    def rebuild(self, source: str, generation: int) -> tuple[bool, int]:
+        """Another world is asked for; whether that is news, and the source's newest. Raises RebuildRefusedError."""
         ...
 
     def give_way(self, attempt: int) -> None:
@@ -112,6 +117,19 @@ class GangService(worker_pb2_grpc.GangServiceServicer):
         logger.info("pod %s drains", name, extra={"pod": request.pod_uid})
         self._gang.pod_drains(name)
         return worker_pb2.DrainResponse()
+
+    async def Rebuild(  # noqa: N802
+        self, request: worker_pb2.RebuildRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.RebuildResponse:
+        """Asks for the next epoch and returns at once."""
+        if not request.source:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "source: say who asks")
+        epoch = self._status.state.epoch
+        try:
+            accepted, newest = self._gang.rebuild(request.source, request.generation)
+        except RebuildRefusedError as error:
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return worker_pb2.RebuildResponse(accepted=accepted, generation=newest, epoch=epoch)
 
     async def _refuse(
         self, request: worker_pb2.RegisterRequest, error: RegistrationError, context: grpc.aio.ServicerContext

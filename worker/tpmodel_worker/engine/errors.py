@@ -39,6 +39,14 @@ class StaleAttemptError(Exception):
     """The gang is at a higher attempt than this engine."""
 
 
+class RebuildRefusedError(Exception):
+    """No other world can follow now."""
+
+
+class NewerGenerationError(Exception):
+    """Somebody asks for the next world while this one is well."""
+
+
 class ConfigurationError(Exception):
     """What was asked for can't work, however often it is tried: a person has to change something."""
 
@@ -128,6 +136,7 @@ FATAL_KINDS = frozenset({worker_pb2.ERROR_KIND_DEVICE_POISONED})
 
 _FAULT_KINDS: dict[type[Exception], str] = {
     ChecksumError: "checksum",
+    NewerGenerationError: "newer_generation",
     ProtocolError: "protocol",
     SanityCheckError: "sanity_check",
     StaleAttemptError: "stale_attempt",

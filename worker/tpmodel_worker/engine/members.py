@@ -96,6 +96,10 @@ class Members:
                 return True
         return False
 
+    def touch(self) -> None:
+        """Whoever waits for a change looks again: there is another reason to build."""
+        self._note_change()
+
     def _note_change(self) -> None:
         self.version += 1
         self._changed.set()

@@ -363,6 +363,15 @@ class Pool:
         elif self._exchange is None:
             self._fault("a rank's process has ended", ranks=[failure])
 
+    def rank_replaced(self, rank: int, pid: int) -> None:
+        """A rank's process is this one now; nothing happens if it is this epoch's."""
+        known = self._channels[rank].endpoint.pid
+        if pid != known and self._error is None and not self._leaving:
+            self._fault(
+                "a rank has another process",
+                ranks=[RankFailure(rank, f"its process is {pid}, was {known}", closed=True, exited=True)],
+            )
+
     async def failed(self) -> PoolError:
         """Waits until every rank has left the epoch or was given up, and returns the whole error."""
         if self._abort is not None:

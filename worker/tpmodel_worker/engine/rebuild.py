@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import BuildError, BuiltWorld, WorldBuilder
+from tpmodel_worker.engine.errors import NewerGenerationError
 from tpmodel_worker.engine.members import Members, Membership
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.phases import RebuildTimes
@@ -65,7 +66,8 @@ class Rebuilder:
         await lost.pool.close()
         times.begin("respawn")
         await self.replace(lost.pool.to_replace)
-        await self.spend(cause)
+        if lost.pool.error is None or not isinstance(lost.pool.error.engine, NewerGenerationError):
+            await self.spend(cause)
         meet_pause = _MEET_SECONDS
         while True:
             membership = await self._whole_gang()

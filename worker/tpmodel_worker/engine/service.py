@@ -14,7 +14,9 @@ from tpmodel.v1 import worker_pb2
 from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import WorldBuilder
 from tpmodel_worker.engine.control import GangService, start_control_server
+from tpmodel_worker.engine.errors import RebuildRefusedError
 from tpmodel_worker.engine.front import Front, Key
+from tpmodel_worker.engine.generations import Generations, watch
 from tpmodel_worker.engine.members import Members
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.pool import PoolTimeouts
@@ -23,11 +25,13 @@ from tpmodel_worker.engine.requests import UNAVAILABLE, RefusedError, Request
 from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.engine.supervisors import Supervisors
 from tpmodel_worker.engine.world import NOT_BUILT, World
+from tpmodel_worker.gang_files import read_rebuild
 from tpmodel_worker.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 10.0
+_ENDS = (worker_pb2.PHASE_FAILED, worker_pb2.PHASE_DRAINING, worker_pb2.PHASE_DRAINED)
 _NEEDS_RANKS = (worker_pb2.PHASE_LOADING, worker_pb2.PHASE_SERVING, worker_pb2.PHASE_REBUILDING)
 
 
@@ -66,6 +70,8 @@ class Engine:
             status=self.status,
             metrics=EngineMetrics(),
         )
+        self._generations = Generations(self.world.newer_generation)
+        self._watch_task: asyncio.Task[None] | None = None
         self._link = SupervisorLink(settings.report_socket, self.status, self.drain)
         self._refusing = False
         self._control: grpc.aio.Server | None = None
@@ -86,12 +92,16 @@ class Engine:
         )
         self._link_task = asyncio.create_task(self._link.run(), name="supervisor link")
         self._world_task = asyncio.create_task(self.world.run(), name="world")
+        if settings.rebuilds and settings.gang_dir:
+            watching = watch(lambda: read_rebuild(settings.gang_dir), "operator", self._generations)
+            self._watch_task = asyncio.create_task(watching, name="rebuild requests of the operator")
 
     async def wait(self, stopped: asyncio.Event) -> None:
         """Returns when `stopped` is set; a failed world is only reported. Raises what broke the engine itself."""
         stopping = asyncio.create_task(stopped.wait())
         watched: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopping}
-        watched |= {task for task in (self._world_task, self._link_task) if task is not None}
+        tasks = (self._world_task, self._link_task, self._watch_task)
+        watched |= {task for task in tasks if task is not None}
         try:
             while stopping in watched:
                 done, watched = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -123,6 +133,20 @@ class Engine:
         self._show_members()
         if self._settings.rebuilds:
             self._supervisors.follow(self._members.supervisors)
+            self.world.registered()
+
+    def rebuild(self, source: str, generation: int) -> tuple[bool, int]:
+        """Asks for the next world; whether that was news, and the source's newest generation.
+
+        generation: 0: the one above the last. Raises RebuildRefusedError.
+        """
+        if not self._settings.rebuilds:
+            raise RebuildRefusedError("this gang is in mode Restart: it is restarted, never rebuilt")
+        if self.status.phase in _ENDS:
+            phase = worker_pb2.Phase.Name(self.status.phase).removeprefix("PHASE_").lower()
+            raise RebuildRefusedError(f"the gang is {phase}: it takes no other world")
+        accepted = self._generations.observe(source, generation or self._generations.newest(source) + 1)
+        return accepted, self._generations.newest(source)
 
     def _rank_exited(self, rank: int, pid: int, how: str) -> None:
         if self._members.lost(rank, pid):
@@ -139,7 +163,7 @@ class Engine:
 
     async def stop(self) -> None:
         """Ends everything at once: requests fail, ranks hear Bye. Bounded, idempotent."""
-        for task in (self._drain_task, self._link_task):
+        for task in (self._drain_task, self._link_task, self._watch_task):
             if task is not None:
                 task.cancel()
         if self.world.loop is not None:
@@ -149,7 +173,8 @@ class Engine:
         await self._front.stop()
         if self._control is not None:
             await self._control.stop(grace=0)
-        remaining = [task for task in (self._drain_task, self._link_task) if task is not None]
+        tasks = (self._drain_task, self._link_task, self._watch_task)
+        remaining = [task for task in tasks if task is not None]
         await asyncio.gather(*remaining, return_exceptions=True)
 
     # ------------------------------------------------------------------------------------ requests

@@ -11,7 +11,13 @@ from tpmodel.v1 import worker_pb2
 from tpmodel_worker.attempts import STALE
 from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import BuildError, BuiltWorld, WorldBuilder
-from tpmodel_worker.engine.errors import ConfigurationError, PoolError, RankFailure, StaleAttemptError
+from tpmodel_worker.engine.errors import (
+    ConfigurationError,
+    NewerGenerationError,
+    PoolError,
+    RankFailure,
+    StaleAttemptError,
+)
 from tpmodel_worker.engine.loop import ServingLoop, Sink
 from tpmodel_worker.engine.members import Members, Membership
 from tpmodel_worker.engine.metrics import EngineMetrics
@@ -136,6 +142,22 @@ class World:
         """A supervisor has seen the end of a rank's process."""
         if self._builder.pool is not None:
             self._builder.pool.rank_exited(rank, pid, how)
+
+    def newer_generation(self, source: str, generation: int) -> None:
+        """A source asks for the next world: what is built is lost, what is not built is tried at once (W26)."""
+        what = f"generation {generation} of {source}"
+        logger.warning("%s: the next epoch follows", what, extra={"epoch": self._status.state.epoch})
+        if self._built is not None:
+            self._built.pool.fault("another world is asked for", NewerGenerationError(what))
+        else:
+            self._members.touch()
+
+    def registered(self) -> None:
+        """A pod has presented its ranks: one that the world does not know takes the place of one that it had."""
+        if self._built is None:
+            return
+        for rank, endpoint in self._members.endpoints.items():
+            self._built.pool.rank_replaced(rank, endpoint.pid)
 
     def stop(self) -> None:
         """Ends serving, or rebuilding; the ranks stay until close()."""

@@ -25,6 +25,11 @@ from tpmodel_worker.supervisor.status import process_statuses
 
 _SERVICE = "tpmodel.v1.SupervisorService"
 _HEALTH_SERVICE = "grpc.health.v1.Health"
+_OPTIONS = (
+    # The engine's keepalive asks every few seconds, also while nothing happens that a watch would tell of.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+)
 # Events that a watcher may lag behind before its stream is ended.
 _WATCH_QUEUE = 1024
 
@@ -197,7 +202,7 @@ class SupervisorServer:
 
     def __init__(self, settings: ServeSettings, servicer: SupervisorServicer) -> None:
         self._server = grpc.aio.server(
-            interceptors=[TokenInterceptor(settings.token, open_prefixes=(f"/{_HEALTH_SERVICE}/",))]
+            interceptors=[TokenInterceptor(settings.token, open_prefixes=(f"/{_HEALTH_SERVICE}/",))], options=_OPTIONS
         )
         worker_pb2_grpc.add_SupervisorServiceServicer_to_server(servicer, self._server)
         self._health = HealthServicer()
