@@ -14,7 +14,7 @@ import pytest
 
 from support.ended import still_running
 from support.supervised import METADATA, Supervised, stand_in_settings
-from tpmodel.v1 import worker_pb2
+from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 
 
 @pytest.fixture
@@ -262,6 +262,20 @@ def test_respawn_replaces_a_live_rank_and_is_no_fault(pod: Supervised) -> None:
     assert started.pid != first
     assert not psutil.pid_exists(first)
     pod.eventually(lambda: pod.events("register")[-1]["ranks"]["1"] == started.pid, "a registration with the new one")
+
+
+def test_a_watch_outlives_its_watchers_keepalive(pod: Supervised) -> None:
+    """W27: by default gRPC's servers end connections whose keepalive asks this often."""
+    pod.start()
+    pod.wait_ready()
+    port = pod.eventually(lambda: pod.events("register"), "a registration")[-1]["supervisor_port"]
+    options = [("grpc.keepalive_time_ms", 1100), ("grpc.http2.max_pings_without_data", 0)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        stub = worker_pb2_grpc.SupervisorServiceStub(channel)
+        events = stub.Watch(worker_pb2.WatchRequest(), timeout=8, metadata=METADATA)
+        with pytest.raises(grpc.RpcError) as error:
+            list(events)
+    assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_respawn_refuses_older_epochs_and_unknown_ranks(pod: Supervised) -> None:
