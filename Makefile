@@ -1,7 +1,7 @@
 # make run   sets everything up and serves the small default model: two ranks, one answer, a clean stop
 # make test  sets everything up and passes lint, unit, integration and end-to-end tests; these need root and a cluster,
 #            which is made on this machine (tests/cluster/README.md) and removed after
-.PHONY: run test e2e-needs lint unit integration e2e test-gpu soak bench scale default-model lock manifests clean cluster-up cluster-down
+.PHONY: run test e2e-needs lint unit integration e2e test-gpu soak chaos bench scale default-model lock manifests clean cluster-up cluster-down
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
@@ -46,6 +46,10 @@ test-gpu: .venv/.ready
 # The full number of requests; tests/integration runs a slice of it.
 soak: .venv/.ready
 	TPMODEL_TEST_SCALE=full $(PYTEST) tests/integration/test_soak.py -s
+
+# 200 faults under load at tp 2 and 4; tests/integration runs a slice of it.
+chaos: .venv/.ready
+	TPMODEL_TEST_SCALE=full $(PYTEST) tests/integration/test_chaos.py -s
 
 bench: .venv/.ready
 	$(PYTHON) -m benchmarks

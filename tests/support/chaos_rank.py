@@ -1,0 +1,77 @@
+"""Real ranks that also do harm to themselves, on order: what a step may run into, as real as it can be had.
+
+An order is a file `order-RANK` in $CHAOS; the rank takes it at its next step:
+raise (an exception on this rank only), memory (an allocation beyond a limit of its address space), crash (SIGSEGV).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpmodel_worker.rank import main, spare
+from tpmodel_worker.rank.runner import StepRunner
+from tpmodel_worker.settings import ServeSettings
+
+FOLDER = "CHAOS"
+_ROOM_BYTES = 64 << 20
+_MUCH_BYTES = 1 << 30
+
+
+def order_file(folder: Path, rank: int) -> Path:
+    """Where a rank looks for its order."""
+    return folder / f"order-{rank}"
+
+
+def run_rank(settings: ServeSettings, rank: int) -> None:
+    """As the real one, with an eye on orders."""
+    obey(rank)
+    main.run_rank(settings, rank)
+
+
+def run_spare(settings: ServeSettings) -> None:
+    """As the real one, until it is a rank that obeys."""
+    spare.run_rank = run_rank
+    spare.run_spare(settings)
+
+
+def obey(rank: int) -> None:
+    """From now on orders are carried out before a plan is executed, when the other ranks may be in it already."""
+    path = order_file(Path(os.environ[FOLDER]), rank)
+    execute: Callable[..., None] = StepRunner.execute
+
+    def execute_or_obey(self: StepRunner, *arguments: Any, **options: Any) -> None:
+        if path.exists():
+            order = path.read_text()
+            path.unlink()
+            _ORDERS[order]()
+        execute(self, *arguments, **options)
+
+    StepRunner.execute = execute_or_obey
+
+
+def _raise() -> None:
+    raise RuntimeError("an exception inside a step, as ordered")
+
+
+def _run_out_of_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _ROOM_BYTES, limits[1]))
+    try:
+        torch.empty(_MUCH_BYTES, dtype=torch.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+_ORDERS: dict[str, Callable[[], None]] = {"raise": _raise, "memory": _run_out_of_memory, "crash": _crash}
