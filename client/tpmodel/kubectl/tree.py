@@ -69,6 +69,15 @@ def _facts(gang: GangView, model: ModelView, now: datetime) -> list[str]:
         # Status knows the attempt that a restart begins before its pods are of it.
         which = f"attempt {gang.last_restart.attempt}, {age(gang.last_restart.time, now)} ago"
         lines.append(f"last restart ({which}): {_cause(gang.last_restart)}")
+    for fault in gang.faults:
+        words = f": {fault.message}" if fault.message else ""
+        lines.append(f"fault {age(fault.time, now)} ago, epoch {fault.epoch}: {fault.kind}{words}")
+    for rebuild in gang.rebuilds:
+        went_on = f"{_count(rebuild.replayed_requests, 'request')} went on"
+        seconds = f"{rebuild.milliseconds / 1000:.1f} s"
+        lines.append(
+            f"rebuilt {age(rebuild.time, now)} ago, epoch {rebuild.epoch}: {rebuild.kind}, {seconds}, {went_on}"
+        )
     if gang.restart_not_before and (wait := until(gang.restart_not_before, now)):
         lines.append(f"it waits {wait} before this restart")
     return lines

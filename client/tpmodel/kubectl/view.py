@@ -54,6 +54,27 @@ class CauseView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FaultView:
+    """A fault of a gang's world."""
+
+    time: str
+    epoch: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebuildView:
+    """A world that was rebuilt in place."""
+
+    time: str
+    epoch: int
+    kind: str
+    milliseconds: int
+    replayed_requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GangView:
     """One gang and the pods that carry its label."""
 
@@ -79,6 +100,10 @@ class GangView:
     """Of its StatefulSet."""
     warning: str = ""
     """The newest Event about its StatefulSet, where there are no pods."""
+    faults: tuple[FaultView, ...] = ()
+    """The last ones, oldest first."""
+    rebuilds: tuple[RebuildView, ...] = ()
+    """The same."""
 
     @property
     def leader(self) -> PodView | None:
@@ -192,6 +217,8 @@ def _gang(gang: Json, pods: Iterable[PodView]) -> GangView:
         failure=_cause(failure) if failure else None,
         pods=tuple(pods),
         uid=gang.get("uid", ""),
+        faults=tuple(map(_fault, gang.get("faults", []))),
+        rebuilds=tuple(map(_rebuild, gang.get("rebuilds", []))),
     )
 
 
@@ -209,6 +236,21 @@ def _cause(entry: Json) -> CauseView:
         time=entry.get("time", ""),
         attempt=entry.get("attempt", 0),
         reason=entry.get("reason", ""),
+    )
+
+
+def _fault(entry: Json) -> FaultView:
+    message = " ".join(entry.get("message", "").split())
+    return FaultView(time=entry["time"], epoch=entry["epoch"], kind=entry["kind"], message=message)
+
+
+def _rebuild(entry: Json) -> RebuildView:
+    return RebuildView(
+        time=entry["time"],
+        epoch=entry["epoch"],
+        kind=entry["kind"],
+        milliseconds=entry["milliseconds"],
+        replayed_requests=entry.get("replayedRequests", 0),
     )
 
 

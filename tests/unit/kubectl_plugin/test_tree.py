@@ -10,7 +10,7 @@ from support import operator_cluster
 from support.operator_cluster import START, Cluster
 from support.plugin_objects import view
 from tpmodel.kubectl.tree import render
-from tpmodel_operator.observed import GangReport
+from tpmodel_operator.observed import GangReport, ReportedFault, ReportedRebuild
 
 
 def tree(cluster: Cluster) -> str:
@@ -152,3 +152,26 @@ def test_pods_that_status_does_not_know_are_shown_all_the_same(now: str) -> None
     text = tree(cluster)
     assert line_with(text, name)
     assert ("Unknown" in text) == (now == "gone")
+
+
+def test_a_gangs_faults_and_rebuilds_are_shown() -> None:
+    cluster = operator_cluster.serving(recovery={"mode": "InPlace"})
+    gang = cluster.gang_status().name
+    cluster.reports[gang] = GangReport(
+        gang=gang,
+        phase="Serving",
+        epoch=4294967298,
+        ready_ranks=2,
+        load_percent=100,
+        time=cluster.now,
+        faults=(ReportedFault(time=cluster.now, epoch=4294967297, kind="rank_exited", message="rank 1: signal 9"),),
+        rebuilds=(
+            ReportedRebuild(time=cluster.now, epoch=4294967298, kind="rank_exited", seconds=1.27, replayed_requests=3),
+        ),
+    )
+    cluster.reconcile()
+    cluster.wait(120)
+    text = tree(cluster)
+    assert line_with(text, "fault 2m ago").strip() == "fault 2m ago, epoch 4294967297: rank_exited: rank 1: signal 9"
+    shown = line_with(text, "rebuilt 2m ago").strip()
+    assert shown == "rebuilt 2m ago, epoch 4294967298: rank_exited, 1.3 s, 3 requests went on"
