@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -214,3 +215,29 @@ def test_tpmodel_rebuild_asks_for_a_new_world_with_the_same_processes(
     assert asked.stdout.startswith(f"serving at epoch {epoch + 1} after ")
     assert_same(streams.end(), undisturbed)
     assert pids(server) == before
+
+
+def arena_file(server: LocalServer, rank: int) -> Path:
+    """The memory of a rank's weights, as the supervisor holds it."""
+    descriptors = Path(f"/proc/{server.process.pid}/fd")
+    return next(path for path in descriptors.iterdir() if f"weights arena 0 of rank {rank} " in str(path.readlink()))
+
+
+def test_weights_that_were_changed_are_never_used_again(tmp_path: Path) -> None:
+    """DESIGN section 6: the digest is checked; the rank loads from the files instead, and the tokens are right."""
+    checkpoint = make_checkpoint(tmp_path, initializer_range=0.05)
+    with LocalServer(checkpoint, tp=2, device="cpu", options=OPTIONS) as server:
+        with Client(server.target) as client:
+            expected = client.complete(PROMPT, **REQUESTS["seeded"]).token_ids
+        victim = pids(server)["rank 1"]
+        os.kill(victim, signal.SIGSTOP)
+        with arena_file(server, 1).open("r+b") as memory:
+            memory.seek(4096)
+            memory.write(b"\x7f" * 64)
+        os.kill(victim, signal.SIGKILL)
+
+        with Client(server.target) as client:
+            assert client.complete(PROMPT, **REQUESTS["seeded"]).token_ids == expected
+        assert "is not mapped again, loading anew: tensor" in server.output
+        last = [line for line in server.output.splitlines() if "rank 1 loaded" in line][-1]
+        assert "(0 read)" not in last

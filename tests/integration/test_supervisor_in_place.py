@@ -75,6 +75,16 @@ def test_an_engine_that_dies_while_serving_is_started_again_and_registered_with(
     pod.eventually(lambda: pod.health("tpmodel.v1.Ready"), "ready again")
 
 
+def test_many_deaths_of_a_serving_engine_are_its_successors_to_count(pod: Supervised) -> None:
+    pod.start()
+    pod.wait_ready()
+    for death in range(1, 7):
+        os.kill(pod.pid_of("engine"), signal.SIGKILL)
+        pod.eventually(lambda death=death: len(pod.events("register")) == death + 1, "a registration")
+        pod.eventually(lambda: pod.health("tpmodel.v1.Ready"), "ready again")
+    assert pod.process_status("engine").restarts == 6
+
+
 def test_a_short_rebuild_leaves_the_pod_ready_and_an_engine_that_fails_ends_it(pod: Supervised) -> None:
     """DESIGN section 4; past the cap 75 with the cause."""
     pod.start()

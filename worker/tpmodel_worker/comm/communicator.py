@@ -32,6 +32,8 @@ class Communicator(ABC):
     rank: int
     world_size: int
     device: torch.device
+    abort_seconds: float = 5.0
+    """How long leaving an aborted epoch may take before the process is given up."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a contiguous floating-point tensor over all ranks, in place; returns it.

@@ -18,19 +18,33 @@ from tpmodel_worker.comm.communicator import (
     CommunicatorError,
 )
 from tpmodel_worker.comm.meeting import Meeting
+from tpmodel_worker.comm.sockets import Connections
 from tpmodel_worker.comm.specification import CommunicatorSpec
 from tpmodel_worker.comm.torch_group import TorchGroup
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 _SUMMED_TYPES = (torch.float32, torch.float64, torch.int64, *_HALF_TYPES)
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.01
 
 
 class GlooCommunicator(Communicator):
     """One rank's end of a private Gloo group; no default process group is made."""
 
-    def __init__(self, *, rank: int, world_size: int, epoch: int, group: TorchGroup, deadline_seconds: float):
+    abort_seconds = 1.0
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        epoch: int,
+        group: TorchGroup,
+        connections: Connections,
+        deadline_seconds: float,
+    ) -> None:
+        """connections: the group's, to be cut when the epoch is aborted."""
         self.name = "gloo"
+        self._connections = connections
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device("cpu")
@@ -66,19 +80,23 @@ class GlooCommunicator(Communicator):
         self._finish("broadcast", group.broadcast([tensor], options))
 
     def abort(self, reason: str) -> None:
-        """Releases the computing thread; what Gloo has in flight ends by Gloo's own deadline. Idempotent."""
+        """Releases the computing thread, and cuts the connections: what Gloo has in flight fails. Idempotent."""
         self._reason = self._reason or reason
         self._aborted.set()
         self._wake.set()
+        self._connections.cut()
 
     def close(self) -> None:
-        """Closes the connections. Idempotent."""
-        group, self._group = self._group, None
+        """Closes the connections, once the collective in flight has ended. Idempotent.
+
+        That takes no time on connections that were cut; where it does, the deadman ends the process.
+        """
+        self._connections.cut()
         work, self._unfinished = self._unfinished, None
-        if group is not None and work is not None:
-            # A group that is taken apart waits for its collectives, and holds the interpreter's lock
-            # meanwhile. So it has to outlive them.
-            threading.Thread(target=_outlive, args=(group, work), daemon=True).start()
+        # A group that is taken apart waits for its collectives, and holds the interpreter's lock meanwhile.
+        while work is not None and not work.is_completed():
+            time.sleep(_POLL_SECONDS)
+        self._group = None
 
     def _enter(self, operation: str) -> TorchGroup:
         self._check_aborted(operation)
@@ -125,8 +143,10 @@ def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting) -> GlooCommunicator:
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._threads = 1
     options._timeout = timedelta(seconds=spec.deadline_seconds)
+    connections = Connections(address)
     try:
-        group = ProcessGroupGloo(meeting.store, spec.rank, spec.world_size, options)
+        with connections.opening():
+            group = ProcessGroupGloo(meeting.store, spec.rank, spec.world_size, options)
     except RuntimeError as error:
         raise CommunicatorError(f"no Gloo group on {address}: {error}") from error
     return GlooCommunicator(
@@ -134,6 +154,7 @@ def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting) -> GlooCommunicator:
         world_size=spec.world_size,
         epoch=spec.epoch,
         group=cast("TorchGroup", group),
+        connections=connections,
         deadline_seconds=spec.deadline_seconds,
     )
 
@@ -145,10 +166,3 @@ def _own_address(rendezvous: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host.removeprefix("[").removesuffix("]"), int(port)))
         return probe.getsockname()[0]
-
-
-def _outlive(group: TorchGroup, work: Work) -> None:
-    """Keeps the group until its last collective has ended, which Gloo's deadline sees to."""
-    while not work.is_completed():
-        time.sleep(_POLL_SECONDS)
-    del group

@@ -26,7 +26,7 @@ from tpmodel_worker.arenas.errors import ArenaLinkError
 from tpmodel_worker.auth import TokenInterceptor
 from tpmodel_worker.rank.session import EpochGate, OpenVerdict, SessionProtocol
 from tpmodel_worker.rank.status import StatusBoard
-from tpmodel_worker.rank.worker import ABORT_SECONDS, Worker
+from tpmodel_worker.rank.worker import Worker
 
 EPOCH_METADATA = "tpmodel-epoch"
 INSTANCE_METADATA = "tpmodel-instance"
@@ -255,7 +255,7 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             if done:
                 self._arenas.abort_done(epoch)
             else:
-                self._arenas.abort_started(epoch, ABORT_SECONDS)
+                self._arenas.abort_started(epoch, self._worker.abort_seconds)
         except ArenaLinkError as error:
             # The end of the link ends the process; until then there is nobody to tell.
             _logger.warning("the supervisor could not be told of the abort: %s", error, extra={"epoch": epoch})

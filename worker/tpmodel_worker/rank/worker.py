@@ -101,6 +101,13 @@ class Worker:
         """A request that its session has accepted."""
         self._commands.put(request)
 
+    @property
+    def abort_seconds(self) -> float:
+        """How long leaving the present epoch may take before the supervisor kills the rank. From any thread."""
+        epoch = self._epoch
+        communicator = epoch.communicator if epoch is not None else None
+        return communicator.abort_seconds if communicator is not None else ABORT_SECONDS
+
     def leave(self, epoch: int, left: Callable[[], None]) -> None:
         """Calls left, in the computing thread, once that is out of the epoch and all older ones.
 

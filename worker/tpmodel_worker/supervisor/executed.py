@@ -44,6 +44,10 @@ class Keeper:
         """From now on the process is not started again: the pod drains."""
         self._restarts = False
 
+    def forget(self) -> None:
+        """The ends so far count for nothing; called by a judge, that of the present process neither."""
+        self._policy = RestartPolicy()
+
     async def keep(self) -> None:
         """Keeps the process alive, until its end ends the pod or the pod drains."""
         while True:

@@ -19,7 +19,7 @@ from tpmodel_worker.supervisor.entries import EntryPoints
 from tpmodel_worker.supervisor.events import EngineStateChanged, EventListener, Ready
 from tpmodel_worker.supervisor.executed import Keeper
 from tpmodel_worker.supervisor.leader_lookup import KnownLeader
-from tpmodel_worker.supervisor.lifecycle import DRAINS, Ending, judge_member, judge_refusal, judge_state
+from tpmodel_worker.supervisor.lifecycle import DRAINS, SERVED, Ending, judge_member, judge_refusal, judge_state
 from tpmodel_worker.supervisor.pod import Pod, Server
 from tpmodel_worker.supervisor.processes import Process, ProcessExit
 from tpmodel_worker.supervisor.progress import RebuildPatience, WorldWatch
@@ -110,6 +110,8 @@ class LeaderPod(Pod):
         await self._report.engine_gone(_LAST_REPORT_SECONDS)
         ending = judge_state(self._state) if self._state is not None else None
         ending = ending or judge_member(ended, self._phase, rebuilds=self._settings.rebuilds and not self.draining)
+        if ending is None and self._phase in SERVED:
+            self._engine_keeper.forget()  # its successor takes a rebuild from the budget
         self._state, self._phase = None, worker_pb2.PHASE_UNSPECIFIED
         self._drained.set()  # there is nothing left to finish
         return ending

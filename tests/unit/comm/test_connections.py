@@ -1,0 +1,68 @@
+"""Connections that somebody else opened: found, and cut for both sides."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tpmodel_worker.comm.sockets import Connections
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        yield made
+
+
+def test_what_was_opened_meanwhile_is_cut_and_nothing_else(listener: socket.socket) -> None:
+    address = listener.getsockname()
+    before = socket.create_connection(address)
+    before_peer, _ = listener.accept()
+    connections = Connections("127.0.0.1")
+    with connections.opening():
+        ours = socket.create_connection(address)
+        second_listener = socket.create_server(("127.0.0.1", 0))
+        unix = socket.socketpair()
+    peer, _ = listener.accept()
+    assert len(connections) == 1
+
+    connections.cut()
+    connections.cut()
+
+    peer.settimeout(5)
+    assert peer.recv(1) == b""
+    before.sendall(b"x")
+    assert before_peer.recv(1) == b"x"
+    unix[0].sendall(b"y")
+    assert unix[1].recv(1) == b"y"
+    for end in (before, before_peer, ours, peer, second_listener, *unix):
+        end.close()
+
+
+def test_a_number_that_is_another_sockets_by_now_is_left_alone(listener: socket.socket) -> None:
+    connections = Connections("127.0.0.1")
+    with connections.opening():
+        ours = socket.create_connection(listener.getsockname())
+    number = ours.fileno()
+    listener.accept()[0].close()
+    ours.close()
+    other = socket.create_connection(listener.getsockname())
+    other_peer, _ = listener.accept()
+    assert other.fileno() == number, "the kernel gives the lowest free number"
+
+    connections.cut()
+
+    other.sendall(b"z")
+    assert other_peer.recv(1) == b"z"
+    other.close()
+    other_peer.close()
+
+
+def test_connections_of_other_addresses_do_not_count(listener: socket.socket) -> None:
+    connections = Connections("127.0.0.2")
+    with connections.opening():
+        theirs = socket.create_connection(listener.getsockname())
+    assert len(connections) == 0
+    theirs.close()
