@@ -47,9 +47,9 @@ test-gpu: .venv/.ready
 soak: .venv/.ready
 	TPMODEL_TEST_SCALE=full $(PYTEST) tests/integration/test_soak.py -s
 
-# 200 faults under load at tp 2 and 4; tests/integration runs a slice of it.
+# 200 faults under load, and cut links; tests/integration runs a slice of it. As root: links need network namespaces.
 chaos: .venv/.ready
-	TPMODEL_TEST_SCALE=full $(PYTEST) tests/integration/test_chaos.py -s
+	TPMODEL_TEST_SCALE=full $(PYTEST) tests/integration/test_chaos.py tests/integration/test_chaos_links.py -s
 
 bench: .venv/.ready
 	$(PYTHON) -m benchmarks

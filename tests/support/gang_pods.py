@@ -65,10 +65,18 @@ class GangPod:
     """One pod's supervisor process."""
 
     def __init__(
-        self, gang: Gang, index: int, *, attempt: int, options: Sequence[str], uid: str, prefix: Sequence[str]
+        self,
+        gang: Gang,
+        index: int,
+        *,
+        attempt: int,
+        options: Sequence[str],
+        uid: str,
+        prefix: Sequence[str],
+        ip: str,
     ) -> None:
         self.index = index
-        self.ip = loopback_address()
+        self.ip = ip or loopback_address()
         self.uid = uid or str(uuid.uuid4())
         self.name = f"{gang.folder.name}-{index}"
         self.folder = gang.folder / f"pod-{index}-{uuid.uuid4().hex[:8]}"
@@ -243,6 +251,7 @@ class Gang:
         publish: bool = True,
         uid: str = "",
         prefix: Sequence[str] = (),
+        ip: str = "",
     ) -> GangPod:
         """Starts a pod.
 
@@ -253,8 +262,9 @@ class Gang:
             publish: a leader pod's name is known at once.
             uid: of a pod whose container is started again; "": a new one.
             prefix: a command that runs the pod's.
+            ip: the pod's, where it has a network of its own; "": any loopback address.
         """
-        pod = GangPod(self, index, attempt=attempt, options=options, uid=uid, prefix=prefix)
+        pod = GangPod(self, index, attempt=attempt, options=options, uid=uid, prefix=prefix, ip=ip)
         self.pods.append(pod)
         if index == 0 and publish:
             self.publish(leader=pod.ip)

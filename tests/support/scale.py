@@ -21,5 +21,7 @@ OPERATOR_SCALE_FOREIGN_PODS = 10_000 if FULL else 500
 CHAOS_WORLDS = (2, 4) if FULL else (2,)
 CHAOS_FAULTS = 50 if FULL else 20
 """For each world and seed, of which there are two."""
+CHAOS_GANGS = 5 if FULL else 1
+"""Of two pods, whose link is cut."""
 E2E_REQUESTS = 200
 E2E_STREAM_SECONDS = 30.0
