@@ -55,6 +55,11 @@ class Engine(worker_pb2_grpc.GangServiceServicer):
         self.drains.append(request.pod_uid)
         return worker_pb2.DrainResponse()
 
+    async def Rebuild(  # noqa: N802
+        self, request: worker_pb2.RebuildRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.RebuildResponse:
+        raise AssertionError("no supervisor asks for this")
+
 
 @contextlib.asynccontextmanager
 async def serving(engine: Engine, port: int = 0, address: str = "127.0.0.1") -> AsyncIterator[int]:
