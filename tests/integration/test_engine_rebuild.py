@@ -188,6 +188,7 @@ async def test_a_request_without_a_deadline_has_the_default_one_while_rebuilding
         await gang[1].stop()
         await until(lambda: served.error(1) is not None)
         assert (served.error(1) or (0,))[0] == 14
+        assert len(engine.status.state.last_faults) == 1, "a rank that is waited for is one fault"
     finally:
         await engine.stop()
 

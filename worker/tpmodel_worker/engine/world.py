@@ -221,8 +221,12 @@ class World:
     def _give_up(self, failure: BuildError) -> bool:
         """Judges a failed build: True when the world has failed for good."""
         error = failure.error
-        logger.warning("the world could not be built: %s", error, extra={"epoch": self._status.state.epoch})
-        self.note(error)
+        # A pod that a rebuild waits for is no fault of its own each time that it does not answer.
+        waits = failure.stage == "meet" and self._loop is not None
+        level = logging.INFO if waits else logging.WARNING
+        logger.log(level, "the world could not be built: %s", error, extra={"epoch": self._status.state.epoch})
+        if not waits:
+            self.note(error)
         if isinstance(error.engine, StaleAttemptError):
             self.fail_as_stale(str(error.engine))
             return True
