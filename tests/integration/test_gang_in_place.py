@@ -138,7 +138,7 @@ def test_a_worker_pod_keeps_rank_and_weights_for_the_successor_of_its_leader(gan
     assert "(0 read)" in line
 
 
-def test_a_supervisor_killed_in_the_leader_pod_goes_on_counting_rebuilds(gang: Gang) -> None:
+def test_rebuilds_are_counted_in_the_pods_own_folder(gang: Gang) -> None:
     """The count lies in a folder that outlives the container, not the pod."""
     leader, worker = gang.start_all()
     os.kill(leader.pid_of("rank 0"), signal.SIGKILL)
