@@ -15,6 +15,7 @@ PROGRAMS = (
     "sampling_cpu",
     "streaming",
     "serving_cpu",
+    "recovery",
 )
 
 
