@@ -11,7 +11,7 @@ import pytest
 from support.checkpoints import ARCHITECTURES, BASE, VARIANTS, make_checkpoint, random_prompts
 from support.devices import DEVICES
 from support.oracle import Reference, TieLedger
-from support.scale import ORACLE_ARCHITECTURE_WORLDS, ORACLE_PROMPTS, ORACLE_TOKENS
+from support.scale import ORACLE_ARCHITECTURE_PROMPTS, ORACLE_ARCHITECTURE_WORLDS, ORACLE_PROMPTS, ORACLE_TOKENS
 from tpmodel import AsyncClient, Client
 from tpmodel.local import LocalServer
 
@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def prompts_for(variant: str, *, seed: int) -> list[list[int]]:
-    vocabulary = {**BASE, **(VARIANTS | ARCHITECTURES)[variant]}["vocab_size"]
+    vocabulary = {**BASE, **VARIANTS.get(variant, {})}["vocab_size"]
     return random_prompts(ORACLE_PROMPTS, shortest=3, longest=160, vocabulary=vocabulary, seed=seed)
 
 
@@ -71,12 +71,20 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_greedy_tokens_of_other_architectures_are_those_of_transformers(
     device: str, architecture: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
 ) -> None:
-    check_greedy(device, architecture, tp, checkpoints, ledger)
+    check_greedy(device, architecture, tp, checkpoints, ledger, count=ORACLE_ARCHITECTURE_PROMPTS)
 
 
-def check_greedy(device: str, variant: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger) -> None:
+def check_greedy(
+    device: str,
+    variant: str,
+    tp: int,
+    checkpoints: dict[str, Path],
+    ledger: TieLedger,
+    *,
+    count: int = ORACLE_PROMPTS,
+) -> None:
     reference = Reference(checkpoints[variant])
-    prompts = prompts_for(variant, seed=tp)
+    prompts = prompts_for(variant, seed=tp)[:count]
     with LocalServer(checkpoints[variant], tp=tp, device=device, options=CHUNKED) as server:
         batched = asyncio.run(all_at_once(server.target, prompts))
         alone = one_by_one(server.target, prompts)

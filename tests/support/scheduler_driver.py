@@ -29,6 +29,7 @@ def small_config(
     max_model_len: int = 100,
     queue_limit: int = 10,
     prefix_cache: bool = True,
+    share_blocks: bool = True,
     max_steps: int = 8,
 ) -> SchedulerConfig:
     """A configuration for a test that minds some of it."""
@@ -40,6 +41,7 @@ def small_config(
         max_model_len=max_model_len,
         queue_limit=queue_limit,
         prefix_cache=prefix_cache,
+        share_blocks=share_blocks,
         max_steps=max_steps,
     )
 

@@ -16,7 +16,7 @@ from tpmodel_worker.loading.checkpoint_files import list_checkpoint_files, read_
 from tpmodel_worker.loading.dummy import fill_dummy
 from tpmodel_worker.loading.plan import bind_parameters, plan_weights, target_view
 from tpmodel_worker.loading.safetensors_reader import check_tensors, copy_tensors
-from tpmodel_worker.models.batch import ForwardBatch, LayerKvCache
+from tpmodel_worker.models.batch import ForwardBatch, LayerCache, LayerKvCache, LayerState
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config import ModelConfig, read_model_config
 from tpmodel_worker.models.registry import build_model
@@ -78,14 +78,16 @@ class PagedSequences:
         blocks = list(range(sequences * per_sequence))
         random.Random(seed).shuffle(blocks)
         self._tables = torch.tensor(blocks, dtype=torch.int32).view(sequences, per_sequence)
-        shape = (len(blocks) + 1, block_size, model.kv_heads, model.head_dim)
-        # Rows that nothing has written hold what would show: attention must not read them.
-        self._caches = [
-            LayerKvCache(
-                torch.full(shape, 1e3, dtype=dtype, device=device), torch.full(shape, 1e3, dtype=dtype, device=device)
-            )
-            for _ in range(model.num_layers)
-        ]
+        shape, state = (len(blocks) + 1, block_size, model.kv_heads, model.head_dim), model.state_shape
+        self._caches: list[LayerCache] = []
+        for keeps_state in model.keeps_state:
+            if keeps_state and state is not None:
+                convolution = torch.zeros((sequences, *state.convolution), dtype=dtype, device=device)
+                self._caches.append(LayerState(convolution, torch.zeros((sequences, *state.recurrent), device=device)))
+                continue
+            # Rows that nothing has written hold what would show: attention must not read them.
+            keys, values = (torch.full(shape, 1e3, dtype=dtype, device=device) for _ in range(2))
+            self._caches.append(LayerKvCache(keys, values))
         self.lengths = [0] * sequences
 
     def batch(self, chunks: Sequence[tuple[int, Sequence[int]]]) -> ForwardBatch:
@@ -107,6 +109,7 @@ class PagedSequences:
             positions=torch.tensor(positions, device=device),
             kv_rows=torch.tensor(rows, device=device),
             block_tables=self._tables[[sequence for sequence, _ in ordered]].to(device),
+            slots=torch.tensor([sequence for sequence, _ in ordered], device=device),
             kv_lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
             query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
             sample_rows=torch.arange(len(token_ids), device=device),

@@ -48,6 +48,24 @@ def test_full_blocks_are_shared_and_the_partial_one_is_copied(prefix_cache: bool
     driver.finish()
 
 
+def test_samples_that_cannot_share_blocks_each_begin_at_their_first_token():
+    """Models with recurrent state."""
+    driver = SchedulerDriver(small_config(block_size=4, prefix_cache=False, share_blocks=False))
+    driver.submit(small_request("key", 10, n=3))
+    driver.send_plan()
+    plan = driver.last_plan
+    assert [admission.computed_length for admission in plan.admissions] == [0, 0, 0]
+    blocks = [block for delta in plan.block_table_deltas for block in delta.blocks]
+    assert len(set(blocks)) == len(blocks) == 9
+    assert not plan.block_copies
+    driver.finish()
+
+
+def test_a_prefix_cache_of_blocks_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="prefix_cache needs share_blocks"):
+        small_config(prefix_cache=True, share_blocks=False)
+
+
 def test_a_last_prompt_token_alone_in_its_block_needs_no_copy():
     driver = SchedulerDriver(small_config(block_size=4))
     driver.submit(small_request("key", 9, n=2))

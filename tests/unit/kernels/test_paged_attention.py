@@ -57,6 +57,7 @@ def make_case(
         positions=torch.cat(positions),
         kv_rows=torch.cat(rows),
         block_tables=tables,
+        slots=torch.arange(len(lengths)),
         kv_lengths=torch.tensor([keys for _, keys in lengths], dtype=torch.int32),
         query_starts=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
         sample_rows=torch.arange(total),

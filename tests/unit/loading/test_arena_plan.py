@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.checkpoints import BASE, EXPERTS
+from support.checkpoints import ARCHITECTURES, BASE
 from support.lockstep import LockstepWorld
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
@@ -16,7 +16,8 @@ from tpmodel_worker.models.registry import build_model
 
 
 def config_of(world_size, **changes) -> ModelConfig:
-    return parse_model_config({**BASE, "model_type": "qwen3", **changes}, world_size=world_size)
+    base = {} if "text_config" in changes else {**BASE, "model_type": "qwen3"}
+    return parse_model_config({**base, **changes}, world_size=world_size)
 
 
 def plans(world_size, dtype=torch.float32, **changes):
@@ -38,12 +39,13 @@ def test_tensors_are_aligned_and_do_not_overlap():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}, {"vocab_size": 131}, EXPERTS]
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}, {"vocab_size": 131}, *ARCHITECTURES.values()],
 )
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_ranks_parts_cover_every_checkpoint_tensor(world_size, changes):
     """Each element goes to one rank, or to as many as share a KV head, or to all (norms, routers)."""
-    kv_heads = changes.get("num_key_value_heads", 4)
+    kv_heads = changes.get("text_config", changes).get("num_key_value_heads", 4)
     covered: dict[str, list[int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for plan in plans(world_size, **changes):
@@ -55,7 +57,7 @@ def test_the_ranks_parts_cover_every_checkpoint_tensor(world_size, changes):
                 counts[index] += 1
     assert covered.keys() == shapes.keys()
     for name, counts in covered.items():
-        if "norm" in name or "mlp.gate." in name:
+        if "norm" in name or "mlp.gate." in name or "shared_expert_gate" in name:
             expected = world_size
         elif "k_proj" in name or "v_proj" in name:
             expected = max(world_size // kv_heads, 1)

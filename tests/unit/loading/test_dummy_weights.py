@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.checkpoints import ARCHITECTURES, BASE
+from support.checkpoints import ARCHITECTURES, BASE, random_model
 from support.lockstep import LockstepWorld
 from support.shards import PagedSequences, dummy_shard
 from tpmodel_worker.loading import dummy
@@ -90,11 +89,16 @@ def test_cuda_gives_the_same_bits(shape, dtype):
     "architecture", [{"model_type": "qwen3"}, *ARCHITECTURES.values()], ids=["qwen3", *ARCHITECTURES]
 )
 def test_they_fill_a_transformers_model_that_answers_alike(architecture, world_size):
-    shape: dict[str, Any] = BASE | {"vocab_size": 523, "num_key_value_heads": 2} | architecture
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).eval()
+    changes: dict[str, Any] = {"vocab_size": 523, "num_key_value_heads": 2}
+    if "text_config" in architecture:
+        shape = architecture | {"text_config": architecture["text_config"] | changes}
+    else:
+        shape = BASE | architecture | changes
+    theirs = random_model(**shape).eval()
     with torch.inference_mode():
         for name, parameter in theirs.named_parameters():
-            parameter.copy_(dummy_tensor(7, name, parameter.shape))
+            if "visual" not in name:
+                parameter.copy_(dummy_tensor(7, name, parameter.shape))
     config = parse_model_config(shape, world_size=world_size)
     prompt = torch.randint(0, 523, (60,), generator=torch.Generator().manual_seed(1))
 
@@ -105,5 +109,6 @@ def test_they_fill_a_transformers_model_that_answers_alike(architecture, world_s
     logits = torch.cat(LockstepWorld(world_size).run(run), dim=1)[:, :523]
     with torch.inference_mode():
         expected = theirs(prompt.unsqueeze(0)).logits[0]
-    assert float((logits - expected).abs().max()) < 1e-4
+    # Float32's error grows in the hybrid models' layers; a weight that went elsewhere gives logits of its own.
+    assert float((logits - expected).abs().max()) < 1e-3
     assert float(expected.std()) > 0.3, "weights that make all logits alike would hide errors"

@@ -69,5 +69,5 @@ def test_stacked_experts_of_another_number_are_refused(checkpoint):
     tensors = load_file(path)
     tensors[f"{LAYER}.down_proj"] = tensors[f"{LAYER}.down_proj"][:8].clone()
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"down_proj has shape \(8, 64, 36\), the config gives \(9, 64, 36\)"):
+    with pytest.raises(CheckpointError, match=r"down_proj has shape \(8, 64, 40\), the config gives \(9, 64, 40\)"):
         logits(checkpoint, 1)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from support.checkpoints import ARCHITECTURES, make_checkpoint
+from support.lockstep import LockstepWorld
 from support.oracle import Reference
-from support.shards import world_logits
+from support.shards import PagedSequences, load_shard, world_logits
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +56,30 @@ def test_chunks_and_decodes_in_one_batch_equal_transformers(tmp_path, architectu
     logits = world_logits(checkpoint, world_size, steps, max_length=232)
     for index, sequence in enumerate(tokens):
         check(logits[index], reference.logits(sequence), f"sequence {index}")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path, architecture):
+    checkpoint = make_checkpoint(tmp_path, dtype=torch.bfloat16, **ARCHITECTURES[architecture])
+    (prompt,) = prompt_tokens([300], 512)
+    expected = Reference(checkpoint).logits(prompt)
+    theirs = (Reference(checkpoint, torch.bfloat16).logits(prompt) - expected).square().mean().sqrt()
+    (shard,) = LockstepWorld(1).run(lambda communicator: load_shard(checkpoint, communicator, torch.bfloat16))
+    with torch.inference_mode():
+        paged = PagedSequences(shard, 1, max_length=300, dtype=torch.bfloat16)
+        logits = torch.cat([paged.step([(0, prompt[:180])])[0], paged.step([(0, prompt[180:])])[0]])
+    ours = (logits[:, :512] - expected).square().mean().sqrt()
+    print(f"{architecture}: root mean square error {ours}, transformers {theirs}")
+    assert ours <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_all_reduces_for_each_layer_and_one_for_the_embedding(tmp_path, architecture):
+    checkpoint = make_checkpoint(tmp_path, **ARCHITECTURES[architecture])
+
+    def run(communicator):
+        model = load_shard(checkpoint, communicator)
+        PagedSequences(model, 1, max_length=8).step([(0, [1, 2, 3])])
+        return communicator.all_reduces - 2 * model.config.num_hidden_layers
+
+    assert LockstepWorld(2).run(run) == [1, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -133,3 +134,14 @@ def test_a_plan_that_cannot_be_is_refused_with_its_reason_and_touches_nothing(ta
     assert refusal.value.kind == pb.ERROR_KIND_INVALID_PLAN
     for name, value in before.items():
         np.testing.assert_equal(getattr(table.host, name), value, err_msg=name)
+
+
+def test_a_model_with_recurrent_state_computes_a_sequence_from_its_first_token() -> None:
+    limits = dataclasses.replace(LIMITS, keeps_state=True)
+    table = SlotTable(LIMITS.slots, torch.device("cpu"))
+    parts = {"block_table_deltas": [delta(2, 4, 5)], "prefill_chunks": [chunk(2, 2)], "steps": 1}
+    check_plan(plan(admissions=[admission(2)], **parts), table.host, limits)
+    shared = plan(admissions=[admission(2, computed_length=4)], **parts)
+    check_plan(shared, table.host, LIMITS)
+    with pytest.raises(InvalidPlanError, match="slot 2: computed_length 4, but the model's recurrent state begins"):
+        check_plan(shared, table.host, limits)

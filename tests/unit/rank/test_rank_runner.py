@@ -65,6 +65,9 @@ class Cache:
         shape = (LIMITS.num_blocks + 1, BLOCK, 1, 1)
         self.layers = (LayerKvCache(keys=torch.zeros(shape), values=torch.zeros(shape)),)
 
+    def reset_states(self, slots: Sequence[int]) -> None:
+        """The model keeps none."""
+
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         self.layers[0].keys[targets] = self.layers[0].keys[sources]
 

@@ -63,6 +63,8 @@ class BuiltWorld:
 
     pool: Pool
     num_blocks: int
+    state_bytes: int
+    """Bytes of recurrent state on every rank; above 0 sequences cannot share blocks."""
 
 
 class WorldBuilder:
@@ -122,9 +124,9 @@ class WorldBuilder:
             on_phase("init")
             await self._join(pool, membership, on_phase)
             on_phase("map")
-            num_blocks = await self._load(pool, self._checkpoint, on_phase, num_blocks)
+            num_blocks, state_bytes = await self._load(pool, self._checkpoint, on_phase, num_blocks)
             built = True
-            return BuiltWorld(pool, num_blocks)
+            return BuiltWorld(pool, num_blocks, state_bytes)
         except BuildError as error:
             if pool is not None:
                 await pool.abort("the world could not be built")
@@ -183,8 +185,11 @@ class WorldBuilder:
         seconds = max(reply.init_ok.seconds for reply in replies)
         logger.info("%d ranks joined by %s in %.2f s", pool.world_size, names[0], seconds, extra={"epoch": pool.epoch})
 
-    async def _load(self, pool: Pool, checkpoint: Checkpoint, on_phase: PhaseListener, before: int) -> int:
-        """Loads the shards and empties the caches; the KV blocks that every rank has. before: that it had."""
+    async def _load(self, pool: Pool, checkpoint: Checkpoint, on_phase: PhaseListener, before: int) -> tuple[int, int]:
+        """Loads the shards and empties the caches; the KV blocks that every rank has, and bytes of recurrent state.
+
+        before: blocks that it had; 0: this is the first world.
+        """
         if not before:
             self._status.set_phase(worker_pb2.PHASE_LOADING)
         self._status.set_rank_states("loading")
@@ -213,6 +218,9 @@ class WorldBuilder:
         if before:
             num_blocks = min(num_blocks, before)
         self._check_capacity(num_blocks, loaded[0].kv_block_bytes)
+        state_bytes = loaded[0].state_bytes
+        if state_bytes and not before:
+            self._report_state(state_bytes)
         on_phase("clear")
         try:
             await pool.clear_kv_cache(num_blocks)
@@ -220,7 +228,16 @@ class WorldBuilder:
             raise BuildError("load", error) from error
         self._status.set_rank_states("ready")
         self._status.set_world(block_size=self._settings.block_size, kv_blocks=num_blocks)
-        return num_blocks
+        return num_blocks, state_bytes
+
+    def _report_state(self, state_bytes: int) -> None:
+        settings = self._settings
+        logger.info(
+            "recurrent state of %d sequences takes %d bytes of each rank, beside the KV blocks%s",
+            settings.max_num_seqs,
+            state_bytes,
+            "; the prefix cache is off: blocks do not hold that state" if settings.prefix_cache else "",
+        )
 
     def _load_request(self, checkpoint: Checkpoint) -> worker_pb2.LoadDenseShardRequest:
         settings = self._settings

@@ -225,6 +225,8 @@ class Planner:
     def _find_sibling(self, draft: Draft, sequence: Sequence) -> Sequence | None:
         """A running sample of the same request whose blocks hold, or are going to hold, all of this one's tokens."""
         state = sequence.state
+        if not self._config.share_blocks:
+            return None
         if state.samples_in_slots == 0 or len(sequence.token_ids) > state.base_length:
             return None
         running = [sample for sample in state.samples if sample.status is SequenceStatus.RUNNING]

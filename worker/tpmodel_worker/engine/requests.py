@@ -36,6 +36,9 @@ class SchedulerConfig:
     queue_limit: int
     """Requests that may wait for their first slot."""
     prefix_cache: bool
+    share_blocks: bool = True
+    """Whether a sequence can go on from blocks that another one filled. Without, every one begins at its first token:
+    there is no prefix cache, and the samples of a request share nothing."""
     max_steps: int = MAX_STEPS
     """Most decode steps in a plan; ranks refuse more than MAX_STEPS."""
     multi_step_budget_seconds: float = 0.005
@@ -45,6 +48,8 @@ class SchedulerConfig:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.prefix_cache and not self.share_blocks:
+            raise ValueError("prefix_cache needs share_blocks")
         if self.max_steps > MAX_STEPS:
             raise ValueError(f"max_steps must be at most {MAX_STEPS}, not {self.max_steps}")
         if self.max_model_len < 2:

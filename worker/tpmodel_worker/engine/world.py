@@ -299,7 +299,8 @@ class World:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
             queue_limit=settings.queue_limit,
-            prefix_cache=settings.prefix_cache,
+            prefix_cache=settings.prefix_cache and not built.state_bytes,
+            share_blocks=not built.state_bytes,
         )
 
     # ---------------------------------------------------------------------------------------- ends

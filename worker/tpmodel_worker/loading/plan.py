@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tpmodel_worker.arenas.memory import Arena
+from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.sharding import ShardedModule, TensorPart
 
 ALIGNMENT = 256
@@ -56,6 +57,8 @@ class ArenaPlan:
     """Of every checkpoint tensor of the model, also of those that this rank needs nothing of."""
     aliases: Mapping[str, tuple[int, ...]]
     """Checkpoint tensors that stand for a parameter another one fills (tied weights), with their shapes."""
+    unused: tuple[str, ...]
+    """Beginnings of names of checkpoint tensors that other uses of the checkpoint need."""
     size: int
     """Bytes of the arena."""
     layout_hash: str
@@ -100,7 +103,8 @@ def plan_weights(model: nn.Module, checkpoint: Collection[str] = ()) -> ArenaPla
     for name, parameter in model.named_parameters():
         if id(parameter) not in planned:
             raise ValueError(f"parameter {name} belongs to no sharded layer")
-    return ArenaPlan(tensors, tuple(parts), shapes, aliases, end, _layout_hash(tensors))
+    unused = model.unused_tensors if isinstance(model, CausalLanguageModel) else ()
+    return ArenaPlan(tensors, tuple(parts), shapes, aliases, unused, end, _layout_hash(tensors))
 
 
 def bind_parameters(model: nn.Module, plan: ArenaPlan, arena: Arena) -> None:

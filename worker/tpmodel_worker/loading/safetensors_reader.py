@@ -28,7 +28,8 @@ _COMPUTED_SUFFIXES = (".rotary_emb.inv_freq",)
 def check_tensors(plan: ArenaPlan, entries: Mapping[str, TensorEntry]) -> None:
     """Compares the tensors of a checkpoint with those of the model.
 
-    Tensors that tied weights make redundant, and buffers that are computed from the config, may be there.
+    Tensors that tied weights make redundant, buffers that are computed from the config, and what the plan says is
+    unused may be there.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or of another shape.
@@ -41,7 +42,7 @@ def check_tensors(plan: ArenaPlan, entries: Mapping[str, TensorEntry]) -> None:
         if entry.shape != shape:
             raise CheckpointError(f"{entry.file}: tensor {name} has shape {entry.shape}, the config gives {shape}")
     for name, entry in entries.items():
-        if name in plan.shapes or name.endswith(_COMPUTED_SUFFIXES):
+        if name in plan.shapes or name.endswith(_COMPUTED_SUFFIXES) or name.startswith(plan.unused):
             continue
         if name not in plan.aliases:
             raise CheckpointError(f"{entry.file}: unexpected tensor {name}: no layer of the model has it")

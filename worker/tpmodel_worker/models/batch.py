@@ -26,6 +26,8 @@ class ForwardBatch:
     block, which no sequence owns, take what finished sequences would write."""
     block_tables: torch.Tensor
     """(B, M) int32, padded with 0."""
+    slots: torch.Tensor
+    """(B,) int64, each sequence's slot, no slot twice: where the recurrent state of its sequence is kept."""
     kv_lengths: torch.Tensor
     """(B,) int32, tokens of each sequence that attention sees, this step's included."""
     query_starts: torch.Tensor
@@ -46,3 +48,40 @@ class LayerKvCache:
     """(num_blocks + 1, block_size, kv_heads, head_dim) in the model's dtype; the last block is scratch."""
     values: torch.Tensor
     """As keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """What a linear-attention layer keeps of one sequence on one rank."""
+
+    channels: int
+    """Features that are convolved."""
+    taps: int
+    """Tokens that the convolution looks back."""
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def convolution(self) -> tuple[int, ...]:
+        """The shape of the last tokens' features, in the model's dtype."""
+        return (self.taps, self.channels)
+
+    @property
+    def recurrent(self) -> tuple[int, ...]:
+        """The shape of the matrices that map keys to values, float32."""
+        return (self.value_heads, self.key_dim, self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One linear-attention layer's state of all slots on one rank, views of the kv arena."""
+
+    convolution: torch.Tensor
+    """(slots, taps, channels) in the model's dtype: the last tokens' features before the convolution."""
+    recurrent: torch.Tensor
+    """(slots, value_heads, key_dim, value_dim) float32."""
+
+
+LayerCache = LayerKvCache | LayerState
+"""What one layer keeps of the sequences: keys and values of every token, or a state of fixed size."""

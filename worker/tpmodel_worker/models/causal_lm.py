@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
-from tpmodel_worker.models.batch import ForwardBatch, LayerKvCache
+from tpmodel_worker.models.batch import ForwardBatch, LayerCache, StateShape
 from tpmodel_worker.models.config_types import ModelConfig
 from tpmodel_worker.models.layers import CommunicatingModule
 from tpmodel_worker.models.sharding import HeadShard, VocabShard
@@ -33,15 +34,21 @@ class CausalLanguageModel(nn.Module, ABC):
         self.kv_heads = heads.kv_heads
         """KV heads of this rank's cache."""
         self.head_dim = config.head_dim
-        self.num_layers = config.num_hidden_layers
+        self.state_shape: StateShape | None = None
+        """What each linear-attention layer keeps of a sequence; None without such layers."""
+        self.keeps_state: tuple[bool, ...] = (False,) * config.num_hidden_layers
+        """For each layer, whether it keeps a state of state_shape instead of keys and values."""
+
+    unused_tensors: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of names of checkpoint tensors that other uses of a checkpoint need and this model does not."""
 
     @abstractmethod
-    def forward(self, batch: ForwardBatch, caches: Sequence[LayerKvCache]) -> torch.Tensor:
-        """Computes the batch's tokens; writes their keys and values into the caches.
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
+        """Computes the batch's tokens; writes their keys and values into the caches, and moves the states on.
 
         Args:
             batch: the tokens of one step.
-            caches: one for each layer.
+            caches: one for each layer, of the kind that keeps_state says.
 
         Returns:
             (R, vocab_shard) float32: this rank's columns of the logits of batch.sample_rows. -inf in

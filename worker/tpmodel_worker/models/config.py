@@ -12,8 +12,10 @@ from typing import Any
 from tpmodel_worker.models.config_parts import read_eos
 from tpmodel_worker.models.config_reader import ConfigReader
 from tpmodel_worker.models.config_types import ConfigError, GenerationDefaults, ModelConfig, RopeConfig
+from tpmodel_worker.models.qwen3_5_config import parse_qwen3_5, parse_qwen3_5_moe
 from tpmodel_worker.models.qwen3_config import parse_qwen3
 from tpmodel_worker.models.qwen3_moe_config import parse_qwen3_moe
+from tpmodel_worker.models.qwen3_next_config import parse_qwen3_next
 
 __all__ = [
     "ConfigError",
@@ -28,7 +30,13 @@ __all__ = [
 ]
 
 _PARSERS: Mapping[str, Callable[[ConfigReader], ModelConfig]] = MappingProxyType(
-    {"qwen3": parse_qwen3, "qwen3_moe": parse_qwen3_moe}
+    {
+        "qwen3": parse_qwen3,
+        "qwen3_5": parse_qwen3_5,
+        "qwen3_5_moe": parse_qwen3_5_moe,
+        "qwen3_moe": parse_qwen3_moe,
+        "qwen3_next": parse_qwen3_next,
+    }
 )
 
 
@@ -128,6 +136,9 @@ def _divided_sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
         yield "intermediate_size", config.intermediate_size
     if config.experts is not None:
         yield "moe_intermediate_size", config.experts.intermediate_size
+        yield "shared_expert_intermediate_size", config.experts.shared_intermediate_size
+    if config.linear_attention is not None:
+        yield "linear_num_key_heads", config.linear_attention.key_heads
 
 
 def _resolve_max_model_len(config: ModelConfig, wanted: int) -> int:

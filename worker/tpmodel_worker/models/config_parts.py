@@ -34,7 +34,7 @@ def read_decoder(reader: ConfigReader, *, architecture: str) -> None:
 
 
 def read_layers(reader: ConfigReader) -> None:
-    """read_decoder without the architecture's name: for the part of a config that describes the decoder alone."""
+    """read_decoder without the architecture's name, for each of the objects that describe a model in parts."""
     reader.require("attention_bias", False, because="projections have no bias here")
     reader.require("chunk_size_feed_forward", 0, because="feed-forward layers are not chunked")
     reader.require("hidden_act", "silu", because="the feed-forward layers compute SiLU")

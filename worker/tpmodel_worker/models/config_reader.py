@@ -63,6 +63,13 @@ class ConfigReader:
             raise self.error(key, value, "expected a string")
         return value
 
+    def section(self, key: str) -> ConfigReader:
+        """The object under a key, to be read and finished like this one; its errors name both."""
+        value = self.raw(key)
+        if not isinstance(value, Mapping):
+            raise self.error(key, value, "expected an object")
+        return ConfigReader(value, f"{self._where}: {key}")
+
     def require(self, key: str, only: object, *, because: str) -> None:
         """Accepts a key that this code honours for one value only."""
         value = self.raw(key)

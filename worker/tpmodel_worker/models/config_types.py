@@ -30,6 +30,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     """Whether yarn rounds the borders of its ramp to whole dimensions."""
+    partial_rotary_factor: float = 1.0
+    """Part of each head's dimensions that is rotated: its first ones."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
@@ -57,6 +59,32 @@ class ExpertsConfig:
     """Whether the weights of a token's experts are made to sum to 1."""
     layers: tuple[int, ...]
     """The layers that have experts; the others are dense."""
+    shared_intermediate_size: int = 0
+    """Features of the expert that computes every token; 0: there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttentionConfig:
+    """The Gated DeltaNet layers of a hybrid model."""
+
+    key_heads: int
+    value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    convolution: int
+    """Tokens that the convolution sees, the newest included."""
+    layers: tuple[int, ...]
+    """The layers with linear attention; the others have full attention."""
+
+    @property
+    def key_features(self) -> int:
+        """Features of all key heads, and of all query heads."""
+        return self.key_heads * self.key_head_dim
+
+    @property
+    def value_features(self) -> int:
+        """Features of all value heads."""
+        return self.value_heads * self.value_head_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +107,7 @@ class ModelConfig:
     """Most tokens of one sequence, prompt and output together."""
     dtype: DtypeName
     experts: ExpertsConfig | None = None
+    linear_attention: LinearAttentionConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation: GenerationDefaults = GenerationDefaults()
 
@@ -93,4 +122,9 @@ class ModelConfig:
         if self.experts is not None:
             features = 4 * self.experts.intermediate_size // world_size
             widest = max(widest, self.experts.per_token * (3 * self.hidden_size + features))
+        if self.linear_attention is not None:
+            linear = self.linear_attention
+            # In float32: matrices of 64 tokens with each other, and some copies of keys and values.
+            per_head = 2 * (4 * 64 + 6 * (linear.key_head_dim + linear.value_head_dim))
+            widest = max(widest, linear.value_heads * per_head // world_size)
         return 8 * self.hidden_size + widest

@@ -8,6 +8,7 @@ from torch import nn
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.kernels.experts import mix_experts
 from tpmodel_worker.models.config_types import ExpertsConfig
+from tpmodel_worker.models.feed_forward import SwigluMlp
 from tpmodel_worker.models.layers import CommunicatingModule, ReplicatedLinear
 from tpmodel_worker.models.sharding import ShardedModule, TensorPart, divide, empty_weight
 
@@ -127,7 +128,7 @@ class Experts(nn.Module):
 
 
 class SparseMlp(CommunicatingModule):
-    """Each token's experts, weighted and added: one all-reduce."""
+    """Each token's experts, weighted and added, and the shared expert where there is one: one all-reduce."""
 
     def __init__(
         self, experts: ExpertsConfig, hidden_size: int, communicator: Communicator, *, dtype: torch.dtype
@@ -135,7 +136,14 @@ class SparseMlp(CommunicatingModule):
         super().__init__(communicator)
         self.gate = Router(experts, hidden_size, dtype=dtype)
         self.experts = Experts(experts, hidden_size, communicator, dtype=dtype)
+        self.shared_expert: SwigluMlp | None = None
+        if experts.shared_intermediate_size:
+            self.shared_expert = SwigluMlp(hidden_size, experts.shared_intermediate_size, communicator, dtype=dtype)
+            self.shared_expert_gate = ReplicatedLinear(hidden_size, 1, dtype=dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, hidden size) -> the same, whole on every rank."""
-        return self.communicator.all_reduce(self.experts(hidden, *self.gate.route(hidden)))
+        share = self.experts(hidden, *self.gate.route(hidden))
+        if self.shared_expert is not None:
+            share.addcmul_(self.shared_expert_gate(hidden).sigmoid(), self.shared_expert.share(hidden))
+        return self.communicator.all_reduce(share)

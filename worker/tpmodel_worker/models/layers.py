@@ -46,6 +46,14 @@ class RmsNorm(ShardedModule):
         ]
 
 
+class ZeroCentredRmsNorm(RmsNorm):
+    """RmsNorm whose scale is 1 + weight, applied in float32."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., size) -> the same shape."""
+        return F.rms_norm(hidden.float(), (self.size,), self.weight.float() + 1.0, self.eps).to(hidden.dtype)
+
+
 class MergedColumnParallelLinear(ShardedModule):
     """Several column-parallel linears of one input, computed as one product."""
 
@@ -86,27 +94,41 @@ class MergedColumnParallelLinear(ShardedModule):
 
 
 class QkvParallelLinear(ShardedModule):
-    """Query, key and value projections as one product, split by KV-head group."""
+    """Query, key and value projections as one product, split by KV-head group.
+
+    gated: q_proj gives, for each head, its query and then a gate of the same size, which counts as a head of its own.
+    """
 
     def __init__(
-        self, inputs: int, heads: HeadShard, *, total_heads: int, total_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        inputs: int,
+        heads: HeadShard,
+        *,
+        total_heads: int,
+        total_kv_heads: int,
+        head_dim: int,
+        gated: bool = False,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
-        self.query_shape = (total_heads * head_dim, inputs)
+        self.query_width = 2 if gated else 1
+        self.query_shape = (total_heads * self.query_width * head_dim, inputs)
         self.kv_shape = (total_kv_heads * head_dim, inputs)
-        self.weight = empty_weight((heads.query_heads + 2 * heads.kv_heads) * head_dim, inputs, dtype=dtype)
+        self.counts = (heads.query_heads * self.query_width, heads.kv_heads, heads.kv_heads)
+        """Heads of the output: queries (and gates), keys, values."""
+        self.weight = empty_weight(sum(self.counts) * head_dim, inputs, dtype=dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(T, inputs) -> (T, query heads + 2 * KV heads, head_dim): queries, then keys, then values."""
+        """(T, inputs) -> (T, sum of counts, head_dim): queries, then keys, then values."""
         return linear(hidden, self.weight).unflatten(-1, (-1, self.head_dim))
 
     def parts(self, name: str) -> list[TensorPart]:
         """Rows of `q_proj`, `k_proj` and `v_proj`."""
         parts, offset = [], 0
         for projection, shape, start, count in (
-            ("q_proj", self.query_shape, self.heads.query_start, self.heads.query_heads),
+            ("q_proj", self.query_shape, self.heads.query_start * self.query_width, self.counts[0]),
             ("k_proj", self.kv_shape, self.heads.kv_start, self.heads.kv_heads),
             ("v_proj", self.kv_shape, self.heads.kv_start, self.heads.kv_heads),
         ):

@@ -10,7 +10,7 @@ from torch import nn
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.kernels.attention import PagedAttention, prepare_attention
 from tpmodel_worker.kernels.kv_cache import write_kv
-from tpmodel_worker.models.batch import ForwardBatch, LayerKvCache
+from tpmodel_worker.models.batch import ForwardBatch, LayerCache, LayerKvCache
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config_types import ModelConfig
 from tpmodel_worker.models.feed_forward import SwigluMlp
@@ -48,9 +48,7 @@ class Qwen3Attention(nn.Module):
         attention: PagedAttention,
     ) -> torch.Tensor:
         """(T, hidden size) -> the same; writes this step's keys and values into the cache."""
-        query, key, value = self.qkv_proj(hidden).split(
-            (self.heads.query_heads, self.heads.kv_heads, self.heads.kv_heads), dim=1
-        )
+        query, key, value = self.qkv_proj(hidden).split(self.qkv_proj.counts, dim=1)
         query = rotate(self.q_norm(query), *rotation)
         key = rotate(self.k_norm(key), *rotation)
         write_kv(key, value, cache, attention.kv_rows)
@@ -128,6 +126,6 @@ class Qwen3ForCausalLM(CausalLanguageModel):
         hidden_size, features = config.hidden_size, config.intermediate_size
         return [SwigluMlp(hidden_size, features, communicator, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
-    def forward(self, batch: ForwardBatch, caches: Sequence[LayerKvCache]) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
         """This rank's logits of the batch's sample rows: (R, vocab_shard) float32."""
         return self.lm_head(self.model(batch, caches))

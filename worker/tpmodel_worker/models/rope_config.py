@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 from tpmodel_worker.models.config_reader import ConfigReader
@@ -12,8 +13,22 @@ from tpmodel_worker.models.config_types import ConfigError, RopeConfig, RopeType
 ROPE_TYPES: tuple[RopeType, ...] = get_args(RopeType)
 
 
-def read_rope(reader: ConfigReader, *, default_theta: float, max_position_embeddings: int) -> RopeConfig:
+def read_rope(
+    reader: ConfigReader,
+    *,
+    default_theta: float,
+    max_position_embeddings: int,
+    default_partial: float | None = None,
+    without_effect: Iterable[str] = (),
+) -> RopeConfig:
     """Reads `rope_theta` with `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
+
+    Args:
+        reader: of the decoder's config.
+        default_theta: where the file says nothing.
+        max_position_embeddings: of the decoder.
+        default_partial: part of the dimensions that is rotated where the file says nothing; None: always all.
+        without_effect: keys of the rotary settings to pass over.
 
     Raises:
         ConfigError: a type or key that the rotary embedding does not compute, or two spellings at odds.
@@ -31,15 +46,22 @@ def read_rope(reader: ConfigReader, *, default_theta: float, max_position_embedd
         outer = reader.raw(name)
         if outer is not None and merged.setdefault(name, outer) != outer:
             raise reader.error(name, outer, f"contradicts {key}.{name} = {merged[name]!r}")
-    return _read_parameters(
-        ConfigReader(merged, key), default_theta=default_theta, max_position_embeddings=max_position_embeddings
-    )
+    inner = ConfigReader(merged, key)
+    inner.without_effect(without_effect)
+    partial = 1.0
+    if default_partial is None:
+        inner.require("partial_rotary_factor", 1.0, because="every dimension of a head is rotated")
+    else:
+        partial = inner.positive("partial_rotary_factor", default_partial)
+        if partial > 1:
+            raise inner.error("partial_rotary_factor", partial, "expected a number of at most 1")
+    rope = _read_parameters(inner, default_theta=default_theta, max_position_embeddings=max_position_embeddings)
+    return dataclasses.replace(rope, partial_rotary_factor=partial)
 
 
 def _read_parameters(reader: ConfigReader, *, default_theta: float, max_position_embeddings: int) -> RopeConfig:
     rope_type = _read_type(reader)
     theta = reader.positive("rope_theta", default_theta)
-    reader.require("partial_rotary_factor", 1.0, because="every dimension of a head is rotated")
     factor = 1.0 if rope_type == "default" else reader.positive("factor")
     rope = RopeConfig(rope_type=rope_type, theta=theta, factor=factor)
     if rope_type in ("yarn", "llama3"):

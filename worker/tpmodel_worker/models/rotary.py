@@ -11,15 +11,19 @@ from tpmodel_worker.models.config_types import RopeConfig
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns pairs of dimensions (i, i + head_dim / 2) by an angle that grows with the position."""
+    """Turns pairs of the first D dimensions (i, i + D / 2) by an angle that grows with the position.
+
+    D is head_dim times the rope's partial_rotary_factor.
+    """
 
     frequencies: torch.Tensor
-    """(head_dim / 2,) float32, radians per position."""
+    """(D / 2,) float32, radians per position."""
 
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         super().__init__()
         self.attention_factor = rope.attention_factor
-        self.register_buffer("frequencies", rope_frequencies(rope, head_dim), persistent=False)
+        dimensions = int(head_dim * rope.partial_rotary_factor)
+        self.register_buffer("frequencies", rope_frequencies(rope, dimensions), persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """What `rotate` needs, computed once for all layers.
@@ -29,7 +33,7 @@ class RotaryEmbedding(nn.Module):
             dtype: of the vectors to be turned.
 
         Returns:
-            (T, 1, head_dim) cosines, and sines whose first half is negated.
+            (T, 1, D) cosines, and sines whose first half is negated.
         """
         # Angles need float32: positions times frequencies are far from what bfloat16 can tell apart.
         angles = positions.unsqueeze(-1).float() * self.frequencies
@@ -43,11 +47,14 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(vectors: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """(T, heads, head_dim) turned by what RotaryEmbedding computed for their positions."""
+    turned = cosines.shape[-1]
+    if turned < vectors.shape[-1]:
+        return torch.cat((rotate(vectors[..., :turned], cosines, sines), vectors[..., turned:]), dim=-1)
     return torch.addcmul(vectors * cosines, vectors.roll(vectors.shape[-1] // 2, -1), sines)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Radians per position of every pair of dimensions: (head_dim / 2,) float32 on the CPU."""
+    """Radians per position of every pair of head_dim rotated dimensions: (head_dim / 2,) float32 on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequencies = 1.0 / rope.theta**exponents
     match rope.rope_type:

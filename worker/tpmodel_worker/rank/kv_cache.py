@@ -1,10 +1,13 @@
-"""The paged KV cache of one rank: how large it may be, and its arena."""
+"""The caches of one rank, paged KV and the state of linear-attention layers: how large they may be, and their arena."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tpmodel.v1 import worker_pb2 as pb
@@ -12,24 +15,59 @@ from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.host import free_host_bytes
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
-from tpmodel_worker.models.batch import LayerKvCache
+from tpmodel_worker.models.batch import LayerCache, LayerKvCache, LayerState, StateShape
 from tpmodel_worker.rank.errors import RequestError
+from tpmodel_worker.rank.upload import upload
 
 _HOST_FRACTION = 0.25
 _HOST_MOST_BYTES = 4 << 30
 _DEVICE_FRACTION = 0.9
 _SCRATCH_BLOCKS = 1
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StateMemory:
+    """What the linear-attention layers keep of all slots on one rank."""
+
+    shape: StateShape
+    layers: int
+    slots: int
+    dtype: torch.dtype
+    """Of the convolution's features; the recurrent state is float32."""
+
+    @property
+    def convolution_bytes(self) -> int:
+        """Bytes of the features that convolutions look back at."""
+        return _aligned(self.layers * self.slots * math.prod(self.shape.convolution) * self.dtype.itemsize)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes of the recurrent state."""
+        return _aligned(self.layers * self.slots * math.prod(self.shape.recurrent) * torch.float32.itemsize)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of both."""
+        return self.convolution_bytes + self.recurrent_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What one token's K and V take on one rank."""
+    """What one token's K and V take on one rank, and what all slots' states take beside them."""
 
     layers: int
+    """Those that keep K and V."""
     kv_heads: int
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    states: StateMemory | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of all slots; 0 where no layer keeps one."""
+        return self.states.bytes if self.states is not None else 0
 
     @property
     def layer_block_bytes(self) -> int:
@@ -56,7 +94,7 @@ class KvDemand:
 
 
 def available_blocks(shape: KvShape, demand: KvDemand, device: torch.device) -> int:
-    """Blocks that the cache can have beside its scratch block.
+    """Blocks that the cache can have beside its scratch block and the slots' states.
 
     Without kv_cache_bytes never more than max_num_seqs sequences of max_model_len tokens need.
 
@@ -64,20 +102,32 @@ def available_blocks(shape: KvShape, demand: KvDemand, device: torch.device) -> 
         RequestError: the memory does not hold one sequence of one block (out of memory), or kv_cache_bytes can never
             work here (invalid argument); names the numbers.
     """
-    least = (1 + _SCRATCH_BLOCKS) * shape.block_bytes
+    least = (1 + _SCRATCH_BLOCKS) * shape.block_bytes + shape.state_bytes
+    states = _states_in_words(shape)
     if demand.kv_cache_bytes:
-        _check_kv_cache_bytes(demand, device, least)
-        return demand.kv_cache_bytes // shape.block_bytes - _SCRATCH_BLOCKS
+        _check_kv_cache_bytes(demand, device, least, states)
+        return (demand.kv_cache_bytes - shape.state_bytes) // shape.block_bytes - _SCRATCH_BLOCKS
     free = _free_bytes(demand, device)
     if free < least:
         raise RequestError(
-            pb.ERROR_KIND_OUT_OF_MEMORY, f"a KV cache needs at least {least} bytes on each rank, {free} are free"
+            pb.ERROR_KIND_OUT_OF_MEMORY,
+            f"a KV cache needs at least {least} bytes on each rank{states}, {free} are free",
         )
-    blocks = free // shape.block_bytes - _SCRATCH_BLOCKS
+    blocks = (free - shape.state_bytes) // shape.block_bytes - _SCRATCH_BLOCKS
     return min(blocks, demand.max_num_seqs * -(-demand.max_model_len // shape.block_size))
 
 
-def _check_kv_cache_bytes(demand: KvDemand, device: torch.device, least: int) -> None:
+def _states_in_words(shape: KvShape) -> str:
+    if shape.states is None:
+        return ""
+    return f" ({shape.state_bytes} of them for the recurrent state of max_num_seqs = {shape.states.slots} sequences)"
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _check_kv_cache_bytes(demand: KvDemand, device: torch.device, least: int, states: str) -> None:
     """Refuses a size that no retry makes work; one that is only too large just now is found when it is allocated."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
@@ -88,8 +138,8 @@ def _check_kv_cache_bytes(demand: KvDemand, device: torch.device, least: int) ->
     if not least <= demand.kv_cache_bytes <= most:
         raise RequestError(
             pb.ERROR_KIND_INVALID_ARGUMENT,
-            f"KV cache memory: {demand.kv_cache_bytes} bytes on each rank can't work, at least {least} are needed "
-            f"and at most {most} can be there",
+            f"KV cache memory: {demand.kv_cache_bytes} bytes on each rank can't work, at least {least} are needed"
+            f"{states} and at most {most} can be there",
         )
 
 
@@ -110,9 +160,24 @@ class KvCache:
     """The kv arena and its views, by layer."""
 
     def __init__(
-        self, shape: KvShape, num_blocks: int, *, rank: int, device: torch.device, arenas: ArenaClient
+        self,
+        shape: KvShape,
+        num_blocks: int,
+        *,
+        keeps_state: Sequence[bool],
+        rank: int,
+        device: torch.device,
+        arenas: ArenaClient,
     ) -> None:
         """Makes the arena and hands it to the supervisor.
+
+        Args:
+            shape: of everything in it.
+            num_blocks: of KV, without the scratch block.
+            keeps_state: for each layer, whether it keeps a state instead of K and V.
+            rank: of this process.
+            device: where the arena lies.
+            arenas: the supervisor's side.
 
         Raises:
             ArenaMemoryError: it does not fit.
@@ -122,7 +187,10 @@ class KvCache:
         self.num_blocks = num_blocks
         self._arenas = arenas
         total = num_blocks + _SCRATCH_BLOCKS
-        self._arena = Arena.create(ArenaId(rank, "kv"), total * shape.block_bytes, device)
+        kv_bytes = total * shape.block_bytes
+        if shape.states is not None:
+            kv_bytes = _aligned(kv_bytes)
+        self._arena = Arena.create(ArenaId(rank, "kv"), kv_bytes + shape.state_bytes, device)
         if device.type == "cuda":
             # Masked attention multiplies what it must not see by 0: so it must be finite.
             self._arena.bytes.zero_()
@@ -130,8 +198,21 @@ class KvCache:
         dimensions = (total, shape.block_size, shape.kv_heads, shape.head_dim)
         stride = total * shape.layer_block_bytes
         parts = [self._arena.view(part * stride, dimensions, shape.dtype) for part in range(2 * shape.layers)]
-        self.layers: tuple[LayerKvCache, ...] = tuple(
+        self._kv = tuple(
             LayerKvCache(keys=keys, values=values) for keys, values in zip(parts[::2], parts[1::2], strict=True)
+        )
+        self._states = self._state_views(shape.states, kv_bytes) if shape.states is not None else ()
+        states = [LayerState(*of_layer) for of_layer in zip(*self._states, strict=True)]
+        kinds = {True: iter(states), False: iter(self._kv)}
+        self.layers: tuple[LayerCache, ...] = tuple(next(kinds[kept]) for kept in keeps_state)
+
+    def _state_views(self, states: StateMemory, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The convolution's and the recurrent part of the states, layers and slots first."""
+        leading = (states.layers, states.slots)
+        recurrent_offset = offset + states.convolution_bytes
+        return (
+            self._arena.view(offset, (*leading, *states.shape.convolution), states.dtype),
+            self._arena.view(recurrent_offset, (*leading, *states.shape.recurrent), torch.float32),
         )
 
     @property
@@ -141,14 +222,21 @@ class KvCache:
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies blocks, all layers; sources and targets: int64 on the device, of one length."""
-        for layer in self.layers:
+        for layer in self._kv:
             for part in (layer.keys, layer.values):
                 part.index_copy_(0, targets, part.index_select(0, sources))
+
+    def reset_states(self, slots: Sequence[int]) -> None:
+        """Makes slots begin with the state of an empty sequence: what an earlier one left must not be seen."""
+        if self._states and slots:
+            (index,) = upload([np.array(slots, dtype=np.int64)], self._arena.device)
+            for part in self._states:
+                part.index_fill_(1, index, 0)
 
     def close(self) -> int:
         """Gives the memory back, here and at the supervisor; returns how many bytes. The views must be gone by then."""
         size = self._arena.size
-        self.layers = ()
+        self.layers, self._kv, self._states = (), (), ()
         self._arena.close()
         self._arenas.release(self._arena.id)
         return size

@@ -22,6 +22,8 @@ class PlanLimits:
     slots: SlotLimits
     vocab_size: int
     max_step_tokens: int
+    keeps_state: bool = False
+    """Whether layers keep a state, which blocks of KV do not hold: sequences then begin at their first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,11 @@ def _check_admissions(plan: pb.GenerateStepRequest, outlook: _Outlook, limits: P
         if not 1 <= admission.prompt_length <= known:
             raise InvalidPlanError(
                 f"slot {slot}: prompt_length {admission.prompt_length} is not in 1 to {known}, its number of token ids"
+            )
+        if admission.computed_length and limits.keeps_state:
+            raise InvalidPlanError(
+                f"slot {slot}: computed_length {admission.computed_length}, but the model's recurrent state "
+                "begins at token 0"
             )
         if admission.computed_length >= known:
             raise InvalidPlanError(

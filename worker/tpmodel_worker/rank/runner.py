@@ -98,6 +98,7 @@ class StepRunner:
             known = self.slots.host.tokens[admission.slot].tolist()
             prompt, outputs = known[: admission.prompt_length], known[admission.prompt_length :]
             self._sampler.admit(admission.slot, admission.sampling, prompt, outputs)
+        self._cache.reset_states([admission.slot for admission in plan.admissions])
         self.slots.extend(plan.block_table_deltas)
         for copies in _independent(plan.block_copies):
             pairs = np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64)

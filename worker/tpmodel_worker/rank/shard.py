@@ -15,7 +15,14 @@ from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.load import LoadedModel, LoadFormat, Progress, load_model
 from tpmodel_worker.models.config import ModelConfig, parse_model_config
 from tpmodel_worker.rank.errors import RequestError
-from tpmodel_worker.rank.kv_cache import KvCache, KvDemand, KvShape, available_blocks, release_kv_arena
+from tpmodel_worker.rank.kv_cache import (
+    KvCache,
+    KvDemand,
+    KvShape,
+    StateMemory,
+    available_blocks,
+    release_kv_arena,
+)
 from tpmodel_worker.rank.plan_check import PlanLimits
 from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.rank.sampling import Sampler
@@ -150,6 +157,7 @@ class ShardHolder:
             mapped=loaded.mapped or kept is not None,
             kv_blocks_available=shard.blocks_available,
             kv_block_bytes=shard.kv_shape.block_bytes,
+            state_bytes=shard.kv_shape.state_bytes,
         )
 
     def _describe(
@@ -160,13 +168,17 @@ class ShardHolder:
         loaded: LoadedModel,
         ranks_on_host: int,
     ) -> _Shard:
-        model = loaded.model
+        model, dtype = loaded.model, _DTYPES[identity.dtype]
+        states = None
+        if model.state_shape is not None:
+            states = StateMemory(model.state_shape, sum(model.keeps_state), request.max_num_seqs, dtype)
         shape = KvShape(
-            layers=model.num_layers,
+            layers=model.keeps_state.count(False),
             kv_heads=model.kv_heads,
             head_dim=model.head_dim,
             block_size=request.block_size,
-            dtype=_DTYPES[identity.dtype],
+            dtype=dtype,
+            states=states,
         )
         # Beside them a few copies of the logits.
         token_bytes = config.activations_per_token(identity.world_size) * shape.dtype.itemsize
@@ -196,7 +208,14 @@ class ShardHolder:
             raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, "num_blocks is 0 and there is no KV cache to keep")
         if self._cache is None or self._cache.num_blocks != wanted or self._cache.shape != shard.kv_shape:
             self._drop_cache()
-            self._cache = KvCache(shard.kv_shape, wanted, rank=self._rank, device=self._device, arenas=self._arenas)
+            self._cache = KvCache(
+                shard.kv_shape,
+                wanted,
+                keeps_state=shard.loaded.model.keeps_state,
+                rank=self._rank,
+                device=self._device,
+                arenas=self._arenas,
+            )
         return self._runner(shard, self._cache, communicator)
 
     def _runner(self, shard: _Shard, cache: KvCache, communicator: Communicator) -> StepRunner:
@@ -220,7 +239,12 @@ class ShardHolder:
             cache=cache,
             slots=SlotTable(limits, self._device),
             sampler=sampler,
-            limits=PlanLimits(limits, shard.config.vocab_size, request.max_num_batched_tokens),
+            limits=PlanLimits(
+                limits,
+                shard.config.vocab_size,
+                request.max_num_batched_tokens,
+                keeps_state=model.state_shape is not None,
+            ),
             device=self._device,
         )
 

@@ -150,6 +150,7 @@ class StepBatchBuilder:
             positions=part.positions,
             kv_rows=part.kv_rows,
             block_tables=self._slots.block_tables[:, :columns].index_select(0, part.index),
+            slots=part.index,
             kv_lengths=part.kv_lengths,
             query_starts=query_starts,
             sample_rows=sample_rows,

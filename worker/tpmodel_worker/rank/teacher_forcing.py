@@ -21,7 +21,7 @@ from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.load import LoadFormat, load_model
-from tpmodel_worker.models.batch import ForwardBatch, LayerKvCache
+from tpmodel_worker.models.batch import ForwardBatch, LayerCache, LayerKvCache, LayerState
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config import read_model_config
 
@@ -74,13 +74,7 @@ def teacher_forced_logits(
         (len(token_ids), vocabulary) float32 on the device.
     """
     blocks = -(-len(token_ids) // block_size)
-    shape = (blocks + 1, block_size, model.kv_heads, model.head_dim)
-    caches = [
-        LayerKvCache(
-            keys=torch.zeros(shape, dtype=dtype, device=device), values=torch.zeros(shape, dtype=dtype, device=device)
-        )
-        for _ in range(model.num_layers)
-    ]
+    caches = _empty_caches(model, blocks, block_size, dtype, device)
     tokens = torch.tensor(token_ids, dtype=torch.int64, device=device)
     positions = torch.arange(len(token_ids), device=device)
     rows: list[torch.Tensor] = []
@@ -92,6 +86,23 @@ def teacher_forced_logits(
     return torch.cat(rows)
 
 
+def _empty_caches(
+    model: CausalLanguageModel, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    """Caches of one sequence; its slot is 0."""
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    kv, state = (blocks + 1, block_size, model.kv_heads, model.head_dim), model.state_shape
+    return [
+        LayerState(zeros(1, *state.convolution), zeros(1, *state.recurrent, dtype=torch.float32))
+        if kept and state is not None
+        else LayerKvCache(keys=zeros(*kv), values=zeros(*kv))
+        for kept in model.keeps_state
+    ]
+
+
 def _batch(tokens: torch.Tensor, positions: torch.Tensor, end: int, block_size: int) -> ForwardBatch:
     """One chunk of one sequence, whose blocks are 0, 1, 2, ..."""
     device = tokens.device
@@ -101,6 +112,7 @@ def _batch(tokens: torch.Tensor, positions: torch.Tensor, end: int, block_size: 
         positions=positions,
         kv_rows=positions,
         block_tables=torch.arange(-(-end // block_size), dtype=torch.int32, device=device).unsqueeze(0),
+        slots=torch.zeros(1, dtype=torch.int64, device=device),
         kv_lengths=torch.tensor([end], dtype=torch.int32, device=device),
         query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
         sample_rows=torch.arange(length, device=device),
