@@ -141,7 +141,8 @@ class TimedRank(worker_pb2_grpc.WorkerServiceServicer):
             case "nccl_sanity_check":
                 return {"nccl_sanity_result": pb.NcclSanityResult(observed_sum=self._world_size)}
             case "load_dense_shard":
-                return {"load_dense_shard_ok": pb.LoadDenseShardOk(kv_blocks_available=KV_BLOCKS, kv_block_bytes=1)}
+                loaded = pb.LoadDenseShardOk(kv_blocks_available=KV_BLOCKS, kv_block_bytes=1, weight_version=0)
+                return {"load_dense_shard_ok": loaded}
             case "clear_kv_cache":
                 return {"kv_cache_cleared": pb.KvCacheCleared(num_blocks=request.clear_kv_cache.num_blocks)}
             case "shutdown":

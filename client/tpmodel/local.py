@@ -51,6 +51,7 @@ class LocalServer:
         target: address of the gRPC inference port.
         http_url: base of the HTTP endpoints.
         health_target: address of health and status.
+        control_target: address of the control port, which trainers connect to.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class LocalServer:
         self.target = ""
         self.http_url = ""
         self.health_target = f"127.0.0.1:{health}"
+        self.control_target = f"127.0.0.1:{control}"
         self.metrics_url = f"http://127.0.0.1:{metrics}/metrics"
 
     @property

@@ -156,7 +156,9 @@ async def _sanity(rank: FakeRank, session: FakeSession, request: worker_pb2.Sess
 async def _load(rank: FakeRank, session: FakeSession, request: worker_pb2.SessionRequest) -> None:
     for done in (0, 50, 100):
         await session.send(request, progress=worker_pb2.Progress(what="weights", done_bytes=done, total_bytes=100))
-    loaded = worker_pb2.LoadDenseShardOk(bytes=100, digest=7, kv_blocks_available=rank.kv_blocks, kv_block_bytes=512)
+    loaded = worker_pb2.LoadDenseShardOk(
+        bytes=100, digest=7, kv_blocks_available=rank.kv_blocks, kv_block_bytes=512, weight_version=0
+    )
     await session.send(request, load_dense_shard_ok=loaded)
 
 

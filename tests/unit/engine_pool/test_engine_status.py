@@ -76,3 +76,28 @@ def test_last_faults_are_kept(status: EngineStatus) -> None:
         status.add_fault("session_closed", f"fault {number}")
     kept = [fault.message for fault in status.state.last_faults]
     assert kept == [f"fault {number}" for number in range(3, MAX_FAULTS + 3)]
+
+
+@pytest.mark.parametrize(
+    ("known", "loaded", "version", "condition"),
+    [
+        (0, [0, 0], 0, ""),
+        (0, [3, 3], 3, ""),
+        (3, [3, 3], 3, ""),
+        # The engine missed the news of the commit.
+        (3, [4, 4], 4, ""),
+        (3, [3, None], 3, "WeightsIncomplete"),
+        (0, [None, None], 0, "WeightsIncomplete"),
+        (3, [3, 0], 3, "WeightsLost"),
+        (3, [0, 0], 3, "WeightsLost"),
+        (0, [0, 2], 0, "WeightsLost"),
+    ],
+)
+def test_a_new_world_serves_one_version_that_is_not_older_than_the_last(
+    status: EngineStatus, known: int, loaded: list[int | None], version: int, condition: str
+) -> None:
+    """E46: never the checkpoint in silence."""
+    status.set_weight_version(known)
+    status.set_loaded_versions(loaded)
+    assert (status.state.weight_version, status.state.weights_condition) == (version, condition)
+    assert bool(status.state.weights_message) == bool(condition)

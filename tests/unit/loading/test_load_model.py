@@ -114,12 +114,21 @@ def test_dummy_weights_of_another_seed_are_made_anew(tmp_path, arenas):
     assert second.digest != first.digest
 
 
-@pytest.mark.parametrize("state", [worker_pb2.ARENA_STATE_LOADING, worker_pb2.ARENA_STATE_UPDATING])
-def test_an_arena_that_is_not_complete_is_loaded_anew(tmp_path, holder, arenas, state):
+def test_an_arena_that_was_being_loaded_is_loaded_anew(tmp_path, holder, arenas):
     checkpoint = make_checkpoint(tmp_path)
     load(checkpoint, arenas)
-    holder.arenas[ArenaId(0, "weights", 0)][1].state = state
-    assert not load(checkpoint, arenas).mapped
+    holder.arenas[ArenaId(0, "weights", 0)][1].state = worker_pb2.ARENA_STATE_LOADING
+    loaded = load(checkpoint, arenas)
+    assert (loaded.mapped, loaded.weight_version) == (False, 0)
+
+
+def test_an_arena_that_was_being_updated_is_mapped_without_a_version(tmp_path, holder, arenas):
+    """E46: the checkpoint does not take the place of weights that were lost."""
+    checkpoint = make_checkpoint(tmp_path)
+    load(checkpoint, arenas)
+    holder.arenas[ArenaId(0, "weights", 0)][1].state = worker_pb2.ARENA_STATE_UPDATING
+    loaded = load(checkpoint, arenas)
+    assert (loaded.mapped, loaded.weight_version) == (True, None)
 
 
 def test_a_changed_byte_is_found_by_its_digest(tmp_path, arenas):

@@ -111,7 +111,7 @@ class EngineLink:
         state = self.state
         if self.closing or state is None or state.leaving:
             return False
-        return state.phase == worker_pb2.PHASE_SERVING
+        return state.phase == worker_pb2.PHASE_SERVING and not state.weights_condition
 
     def check_accepting(self) -> worker_pb2.EngineState:
         """The engine's state, if it takes requests; otherwise raises UNAVAILABLE (W22)."""

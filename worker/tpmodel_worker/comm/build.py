@@ -20,7 +20,7 @@ def build_communicator(
     spec: CommunicatorSpec,
     *,
     device: torch.device,
-    arenas: ArenaClient,
+    arenas: ArenaClient | None,
     cancelled: threading.Event | None = None,
 ) -> Communicator:
     """Joins the world of the spec's epoch; returns once every rank has. All ranks call it at the same time.
@@ -31,7 +31,7 @@ def build_communicator(
     Args:
         spec: the world.
         device: where the tensors will lie.
-        arenas: the link to the supervisor, for comm arenas.
+        arenas: the link to the supervisor, for comm arenas; None: not for shared_memory.
         cancelled: another thread may set it to end the building; then CommunicatorAbortedError is raised.
 
     Raises:
@@ -52,7 +52,7 @@ def build_communicator(
 
 
 def _build(
-    kind: CommunicatorKind, spec: CommunicatorSpec, device: torch.device, arenas: ArenaClient, meeting: Meeting
+    kind: CommunicatorKind, spec: CommunicatorSpec, device: torch.device, arenas: ArenaClient | None, meeting: Meeting
 ) -> Communicator:
     communicator: Communicator | None = None
     try:
@@ -69,13 +69,15 @@ def _build(
 
 
 def _connect(
-    kind: CommunicatorKind, spec: CommunicatorSpec, device: torch.device, arenas: ArenaClient, meeting: Meeting
+    kind: CommunicatorKind, spec: CommunicatorSpec, device: torch.device, arenas: ArenaClient | None, meeting: Meeting
 ) -> Communicator:
     # Each imports only what its own world needs.
     match kind:
         case "shared_memory":
             from tpmodel_worker.comm.shared_memory import build_shared_memory
 
+            if arenas is None:
+                raise CommunicatorError("shared_memory needs the link to the supervisor")
             return build_shared_memory(spec, arenas=arenas, meeting=meeting)
         case "gloo":
             from tpmodel_worker.comm.gloo import build_gloo

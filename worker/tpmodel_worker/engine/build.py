@@ -214,6 +214,9 @@ class WorldBuilder:
                 shard.kv_blocks_available,
                 extra={"epoch": pool.epoch, "rank": rank},
             )
+        self._status.set_loaded_versions(
+            [shard.weight_version if shard.HasField("weight_version") else None for shard in loaded]
+        )
         num_blocks = min(shard.kv_blocks_available for shard in loaded)
         if before:
             num_blocks = min(num_blocks, before)

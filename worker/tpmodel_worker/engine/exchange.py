@@ -10,7 +10,9 @@ from typing import Literal
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.engine.errors import RankFailure, closed_before_reply
 
-ControlName = Literal["init", "nccl_sanity_check", "load_dense_shard", "clear_kv_cache", "unload_model", "shutdown"]
+ControlName = Literal[
+    "init", "nccl_sanity_check", "load_dense_shard", "clear_kv_cache", "unload_model", "shutdown", "weight_update"
+]
 ControlRequest = (
     worker_pb2.InitRequest
     | worker_pb2.NcclSanityCheckRequest
@@ -18,6 +20,7 @@ ControlRequest = (
     | worker_pb2.ClearKvCacheRequest
     | worker_pb2.UnloadModelRequest
     | worker_pb2.ShutdownRequest
+    | worker_pb2.WeightUpdateRequest
 )
 ProgressCallback = Callable[[int, worker_pb2.Progress], None]
 
@@ -29,6 +32,7 @@ _FIELDS: dict[type[ControlRequest], tuple[ControlName, str]] = {
     worker_pb2.ClearKvCacheRequest: ("clear_kv_cache", "kv_cache_cleared"),
     worker_pb2.UnloadModelRequest: ("unload_model", "unloaded"),
     worker_pb2.ShutdownRequest: ("shutdown", "bye"),
+    worker_pb2.WeightUpdateRequest: ("weight_update", "weight_update_ok"),
 }
 
 

@@ -44,6 +44,8 @@ class ServingLoop:
         self._status = status
         self._metrics = metrics
         self._stopping = False
+        self._held = False
+        self._passed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._published = PlanCounts()
@@ -99,6 +101,47 @@ class ServingLoop:
         """Whether stop() was called."""
         return self._stopping
 
+    # --------------------------------------------------------------------------- weight updates
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What plans are made by."""
+        return self._scheduler
+
+    @property
+    def held(self) -> bool:
+        """Whether no plans are made."""
+        return self._held
+
+    def hold_plans(self) -> None:
+        """Makes no more plans until release_plans."""
+        self._held = True
+
+    async def quiet(self) -> None:
+        """Returns once all plans that were sent are answered, or the world is lost."""
+        while self._scheduler.outstanding_plans and not self._stopping:
+            await self.pass_once()
+
+    def release_plans(self) -> None:
+        """Makes plans again."""
+        self._held = False
+        self._wake.set()
+
+    async def pass_once(self) -> None:
+        """Returns after the next pass, or the end of run()."""
+        self._passed.clear()
+        await self._passed.wait()
+
+    def fail_with(self, code: int, message: str) -> None:
+        """Ends every live request. code: google.rpc.Code."""
+        self._pass_on(self._scheduler.fail_all(code, message))
+        self._wake.set()
+
+    def adopt_weights(self, version: int) -> None:
+        """As Scheduler.adopt_weights."""
+        self._scheduler.adopt_weights(version)
+        self._wake.set()
+
     def stop(self) -> None:
         """Makes run() return; plans outstanding are left to settle()."""
         self._stopping = True
@@ -124,6 +167,7 @@ class ServingLoop:
         self._set_timer()
         if not self._scheduler.has_work:
             self._idle.set()
+        self._passed.set()
 
     def _step(self, pool: Pool) -> list[SequenceOutput]:
         outputs: list[SequenceOutput] = []
@@ -145,7 +189,7 @@ class ServingLoop:
         return outputs
 
     def _send_plans(self, pool: Pool) -> None:
-        while pool.may_send_plan:
+        while pool.may_send_plan and not self._held:
             begun = time.thread_time()
             plan = self._scheduler.next_plan(pool.next_seq)
             if plan is None:

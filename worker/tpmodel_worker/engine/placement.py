@@ -25,6 +25,8 @@ class Placement:
         self.slots: list[Sequence | None] = [None] * config.max_num_seqs
         self.waiting: list[Sequence] = []
         """In the order in which they are admitted."""
+        self.last_arrival: int | None = None
+        """Requests that came later are not admitted; None: all are."""
         self.running_requests = 0
         self.slots_used = 0
         self._free_slots = list(range(config.max_num_seqs))  # a heap: the lowest is taken first
@@ -44,6 +46,12 @@ class Placement:
     def running(self) -> list[Sequence]:
         """Sequences that hold a slot, slots ascending."""
         return [sequence for sequence in self.slots if sequence is not None]
+
+    def candidates(self) -> list[Sequence]:
+        """Those of the queue that may be placed, in order. A copy."""
+        if self.last_arrival is None:
+            return self.waiting.copy()
+        return [sequence for sequence in self.waiting if sequence.state.arrival <= self.last_arrival]
 
     def enqueue(self, sequence: Sequence) -> None:
         """Puts a sequence that holds nothing into the queue."""

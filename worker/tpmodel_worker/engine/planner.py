@@ -167,7 +167,7 @@ class Planner:
         placement = self._placement
         running = [sequence for sequence in placement.running() if sequence.prefilling]
         prefilling = deque(sorted(running, key=lambda sequence: sequence.order))
-        waiting = iter(placement.waiting.copy() if placement.slot_is_free else ())
+        waiting = iter(placement.candidates() if placement.slot_is_free else ())
         candidate = next(waiting, None)
         while budget > 0 and (prefilling or candidate is not None):
             if candidate is None or (prefilling and prefilling[0].order < candidate.order):

@@ -183,6 +183,10 @@ class Pool:
         """A sign of life of one rank, also while it is busy. Raises WrongRankError or AioRpcError."""
         return await self._channels[rank].ping(self._timeouts.ping)
 
+    async def statuses(self) -> list[worker_pb2.GetStatusResponse]:
+        """Every rank's account of itself, by rank, also while they are busy. Raises WrongRankError or AioRpcError."""
+        return list(await asyncio.gather(*(channel.get_status(self._timeouts.ping) for channel in self._channels)))
+
     def _fan_out(self, exchange: ControlExchange, requests: Sequence[ControlRequest]) -> Exception | None:
         """Sends to every rank, whatever happens to the others; the first failure to send."""
         first: Exception | None = None

@@ -333,6 +333,38 @@ class Scheduler:
                     sample.forget_world()
                     self._placement.enqueue(sample)
 
+    # --------------------------------------------------------------------------- weight updates
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that plans are made for."""
+        return self._weight_version
+
+    def close_admission(self) -> int:
+        """Requests that come from now on wait until open_admission; the number of the last one before."""
+        self._placement.last_arrival = self._arrivals
+        return self._arrivals
+
+    def open_admission(self) -> None:
+        """All requests may be admitted again."""
+        self._placement.last_arrival = None
+
+    def has_work_before(self, arrival: int) -> bool:
+        """Whether a request up to that number is live."""
+        return any(state.arrival <= arrival for state in self._requests.values())
+
+    def adopt_weights(self, version: int) -> None:
+        """Other weights are in place, and the ranks' slots are empty: KV of the old ones is never used again.
+
+        Needs all plans answered. Live requests go on behind their committed tokens, as after rebuild; those that
+        had begun are said to be at the new version from here on.
+        """
+        self._weight_version = version
+        self.rebuild(self._config)
+        for state in self._requests.values():
+            if state.admitted:
+                self._outputs.append(self._admitted_output(state.samples[0], cached_tokens=0))
+
     # ----------------------------------------------------------------------------------- metrics
 
     @property

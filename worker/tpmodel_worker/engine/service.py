@@ -22,8 +22,10 @@ from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.pool import PoolTimeouts
 from tpmodel_worker.engine.report import SupervisorLink
 from tpmodel_worker.engine.requests import UNAVAILABLE, RefusedError, Request
-from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, EngineStatus
 from tpmodel_worker.engine.supervisors import Supervisors
+from tpmodel_worker.engine.weight_service import WeightService
+from tpmodel_worker.engine.weight_updates import WeightUpdates
 from tpmodel_worker.engine.world import NOT_BUILT, World
 from tpmodel_worker.gang_files import read_rebuild
 from tpmodel_worker.settings import ServeSettings
@@ -72,6 +74,8 @@ class Engine:
         )
         self._generations = Generations(self.world.newer_generation)
         self._watch_task: asyncio.Task[None] | None = None
+        self.weights = WeightUpdates(self.world, self.status)
+        self.world.on_serving = self.weights.world_serves
         self._link = SupervisorLink(settings.report_socket, self.status, self.drain)
         self._refusing = False
         self._control: grpc.aio.Server | None = None
@@ -88,7 +92,7 @@ class Engine:
             self._members, self.status, self, attempt=settings.attempt, model_path=settings.model_path
         )
         self._control, self.control_port = await start_control_server(
-            settings.address, settings.control_port, settings.token, service
+            settings.address, settings.control_port, settings.token, service, WeightService(self.weights)
         )
         self._link_task = asyncio.create_task(self._link.run(), name="supervisor link")
         self._world_task = asyncio.create_task(self.world.run(), name="world")
@@ -168,6 +172,7 @@ class Engine:
                 task.cancel()
         if self.world.loop is not None:
             self.world.loop.fail_all("the engine was stopped")
+        await self.weights.close()
         await self._end_world()
         await self._supervisors.close()
         await self._front.stop()
@@ -187,6 +192,8 @@ class Engine:
             state = self.status.state
             detail = f": {state.cause}" if state.cause else ""
             raise UnavailableError(f"{NOT_BUILT}{detail}")
+        if self.status.weights_condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST):
+            raise UnavailableError(f"{self.status.weights_condition}: {self.status.state.weights_message}")
         self.world.loop.submit(request)
 
     def cancel(self, key: Key, sample_index: int | None = None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tpmodel.v1 import worker_pb2
 
@@ -12,6 +12,9 @@ COUNTER_SECONDS = 0.1
 """Changes of counters are told at most this often."""
 MAX_FAULTS = 16
 MAX_REBUILDS = 8
+WEIGHTS_UPDATING = "WeightsUpdating"
+WEIGHTS_INCOMPLETE = "WeightsIncomplete"
+WEIGHTS_LOST = "WeightsLost"
 _MAX_CAUSE = 2000
 _FAILED = frozenset({worker_pb2.PHASE_FAILED})
 _DRAINS = frozenset({worker_pb2.PHASE_DRAINING, worker_pb2.PHASE_DRAINED})
@@ -118,6 +121,33 @@ class EngineStatus:
         """The version of the weights being served."""
         self._state.weight_version = version
         self._tell()
+
+    @property
+    def weights_condition(self) -> str:
+        """What keeps the weights from being served; empty: nothing."""
+        return self._state.weights_condition
+
+    def set_weights_condition(self, condition: str, message: str = "") -> None:
+        """Says why the gang is not ready because of its weights; empty: it is."""
+        self._state.weights_condition = condition
+        self._state.weights_message = message[:_MAX_CAUSE]
+        self._tell()
+
+    def set_loaded_versions(self, versions: Sequence[int | None]) -> None:
+        """What every rank of a new world has loaded; None: an update was broken off there."""
+        known = self._state.weight_version
+        condition = message = ""
+        if None in versions:
+            ranks = ", ".join(str(rank) for rank, version in enumerate(versions) if version is None)
+            condition = WEIGHTS_INCOMPLETE
+            message = f"an update did not finish: the weights of rank {ranks} are incomplete; send a full set"
+        elif len(set(versions)) > 1 or (versions[0] or 0) < known:
+            condition = WEIGHTS_LOST
+            newest = max(known, *(version or 0 for version in versions))
+            message = f"version {newest} is lost, the ranks have {', '.join(map(str, versions))}; send a full set"
+        elif versions[0] is not None:
+            self._state.weight_version = versions[0]
+        self.set_weights_condition(condition, message)
 
     def set_counters(self, *, running: int, waiting: int, kv_blocks_used: int) -> None:
         """What the scheduler has in hand."""

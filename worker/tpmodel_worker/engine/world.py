@@ -21,6 +21,7 @@ from tpmodel_worker.engine.errors import (
 from tpmodel_worker.engine.loop import ServingLoop, Sink
 from tpmodel_worker.engine.members import Members, Membership
 from tpmodel_worker.engine.metrics import EngineMetrics
+from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.rebuild import Rebuilder, RebuildsSpentError
 from tpmodel_worker.engine.recovery import Recovery
 from tpmodel_worker.engine.replay import Replay
@@ -103,11 +104,18 @@ class World:
         self._built: BuiltWorld | None = None
         self._loop: ServingLoop | None = None
         self._load_attempts = 0
+        self.on_serving: Callable[[ServingLoop], None] = lambda _loop: None
+        """Called when a world is about to serve, before its first plan."""
 
     @property
     def loop(self) -> ServingLoop | None:
         """Where requests go; None while there is no world."""
         return self._loop
+
+    @property
+    def pool(self) -> Pool | None:
+        """The ranks of the built world."""
+        return self._built.pool if self._built is not None else None
 
     @property
     def built(self) -> bool:
@@ -288,6 +296,8 @@ class World:
         )
         self._budget.serving(self._clock())
         self._status.set_rebuilds_left(self._budget.left)
+        assert self._loop is not None
+        self.on_serving(self._loop)
         self._status.set_phase(worker_pb2.PHASE_SERVING)
 
     def _scheduler_config(self, built: BuiltWorld) -> SchedulerConfig:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import secrets
 import socket
 import time
 from collections.abc import Callable
 
+from tpmodel_worker.comm.proof import NONCE_BYTES, PROOF_BYTES, make_proof
 from tpmodel_worker.kv.errors import KvPipeClosedError, KvPipeError, KvPipeTimeoutError
 
-NONCE_BYTES = 32
-PROOF_BYTES = 32
 _HANDSHAKE_SECONDS = 2.0
 """How long a stranger may keep the listener busy."""
 _RETRY_SECONDS = 0.02
@@ -145,13 +143,7 @@ def connect(host: str, port: int, *, own_address: str, token: str, purpose: str,
     return connection
 
 
-def make_proof(token: str, role: str, purpose: str, *nonces: bytes) -> bytes:
-    """PROOF_BYTES bytes that only somebody with the token can make for these nonces."""
-    message = f"tpmodel kv pipe\n{role}\n{purpose}\n".encode() + b"".join(nonces)
-    return hmac.new(token.encode(), message, hashlib.sha256).digest()
-
-
-def check_proof(given: bytes, expected: bytes) -> None:
+def _check_proof(given: bytes, expected: bytes) -> None:
     """Raises KvPipeError unless they are equal; compares in constant time."""
     if not hmac.compare_digest(given, expected):
         raise KvPipeError("the peer has another token")
@@ -162,7 +154,7 @@ def _prove_as_server(connection: ControlConnection, token: str, purpose: str) ->
     connection.write(own, _HANDSHAKE_SECONDS)
     answer = connection.read(NONCE_BYTES + PROOF_BYTES, _HANDSHAKE_SECONDS)
     others = answer[:NONCE_BYTES]
-    check_proof(answer[NONCE_BYTES:], make_proof(token, "sender", purpose, own, others))
+    _check_proof(answer[NONCE_BYTES:], make_proof(token, "sender", purpose, own, others))
     connection.write(make_proof(token, "receiver", purpose, own, others), _HANDSHAKE_SECONDS)
 
 
@@ -170,4 +162,4 @@ def _prove_as_client(connection: ControlConnection, token: str, purpose: str, se
     others = connection.read(NONCE_BYTES, seconds)
     own = secrets.token_bytes(NONCE_BYTES)
     connection.write(own + make_proof(token, "sender", purpose, others, own), seconds)
-    check_proof(connection.read(PROOF_BYTES, seconds), make_proof(token, "receiver", purpose, others, own))
+    _check_proof(connection.read(PROOF_BYTES, seconds), make_proof(token, "receiver", purpose, others, own))

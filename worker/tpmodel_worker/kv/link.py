@@ -8,7 +8,6 @@ group would wait for each other where both send first.
 from __future__ import annotations
 
 import dataclasses
-import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,18 +19,11 @@ from torch._C._distributed_c10d import TCPStore
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
 from tpmodel_worker.comm.meeting import Meeting
+from tpmodel_worker.comm.proof import prove_membership
 from tpmodel_worker.comm.rendezvous import start_store
 from tpmodel_worker.comm.specification import CommunicatorSpec
 from tpmodel_worker.kv.config import KvPipeConfig
-from tpmodel_worker.kv.control import (
-    NONCE_BYTES,
-    PROOF_BYTES,
-    ControlConnection,
-    ControlListener,
-    check_proof,
-    connect,
-    make_proof,
-)
+from tpmodel_worker.kv.control import ControlConnection, ControlListener, connect
 from tpmodel_worker.kv.errors import KvPipeError
 
 SENDER, RECEIVER = 0, 1
@@ -164,7 +156,7 @@ class _Connecting:
 
             group = build_gloo(spec, meeting=meeting)
         self._undo += [group.close, lambda: group.abort("the pipe could not be made")]
-        _prove_over_group(group, config.token, _purpose(config, sender))
+        prove_membership(group, config.token, _purpose(config, sender))
         return group
 
 
@@ -183,18 +175,3 @@ def _ring_spec(config: KvPipeConfig) -> CommunicatorSpec:
 
 def _purpose(config: KvPipeConfig, sender: int) -> str:
     return f"port {config.port}, from {sender} of {config.world_size}"
-
-
-def _prove_over_group(group: Communicator, token: str, purpose: str) -> None:
-    """Gloo and NCCL ask nobody who they are: whoever is at the other end has to know the token."""
-    nonces = [_say(group, root, secrets.token_bytes(NONCE_BYTES), NONCE_BYTES) for root in (SENDER, RECEIVER)]
-    for root, role in ((SENDER, "data sender"), (RECEIVER, "data receiver")):
-        proof = make_proof(token, role, purpose, *nonces)
-        check_proof(_say(group, root, proof if group.rank == root else b"", PROOF_BYTES), proof)
-
-
-def _say(group: Communicator, root: int, data: bytes, size: int) -> bytes:
-    """The root's bytes, on both members."""
-    own = list(data) if group.rank == root else [0] * size
-    tensor = torch.tensor(own, dtype=torch.uint8, device=group.device)
-    return bytes(group.broadcast(tensor, root).tolist())

@@ -48,6 +48,8 @@ class LoadedModel:
     """Sum of the tensors' digests modulo 2^64."""
     mapped: bool
     """True when a complete arena was found, checked and mapped."""
+    weight_version: int | None = 0
+    """0: the checkpoint; None: an update was broken off, the weights are of no use before a full set has come."""
 
 
 def load_model(
@@ -102,9 +104,10 @@ def load_model(
         # Dummy weights of another seed are another model's.
         model_id=model_id if load_format == "safetensors" else f"{model_id} (dummy weights, seed {dummy_seed})",
     )
-    mapped = _map_complete(arenas, wanted, plan, device, progress)
+    mapped = _map_held(arenas, wanted, plan, device, progress)
+    version: int | None = 0
     if mapped is not None:
-        arena, digests = mapped
+        arena, digests, version = mapped
         bytes_read = 0
     else:
         with contextlib.ExitStack() as undo:
@@ -122,8 +125,8 @@ def load_model(
             else:
                 _fill_with_dummies(plan, arena, dummy_seed, progress)
                 bytes_read = 0
-            digests = _digests(plan, arena, progress)
-            arenas.update_manifest(_completed(wanted, arena, digests))
+            digests = digest_tensors(plan, arena, progress)
+            arenas.update_manifest(completed_manifest(wanted, arena, digests))
             undo.pop_all()
     bind_parameters(model, plan, arena)
     return LoadedModel(
@@ -133,17 +136,22 @@ def load_model(
         bytes_read=bytes_read,
         digest=sum(digests.values()) % (1 << 64),
         mapped=mapped is not None,
+        weight_version=version,
     )
 
 
-def _map_complete(
+def _map_held(
     arenas: ArenaClient,
     wanted: worker_pb2.ArenaManifest,
     plan: ArenaPlan,
     device: torch.device,
     progress: Progress,
-) -> tuple[Arena, dict[str, int]] | None:
-    """The arena that the supervisor holds, if it is whole and what is wanted; else makes it let go of it."""
+) -> tuple[Arena, dict[str, int], int | None] | None:
+    """The arena that the supervisor holds, with digests and version, if it is what is wanted; else has it released.
+
+    One that a live update was filling is mapped as it is, at no version: the checkpoint must not take the
+    place of newer weights in silence.
+    """
     arena_id = ArenaId.from_proto(wanted.id)
     found = arenas.fetch(arena_id)
     if found is None:
@@ -157,12 +165,15 @@ def _map_complete(
         arenas.release(arena_id)
         return None
     reason = _difference(wanted, manifest, plan)
+    if reason is None and manifest.state == worker_pb2.ARENA_STATE_UPDATING:
+        _logger.warning("%s was being updated: it waits for a full set of weights", arena_id)
+        return arena, {}, None
     if reason is None:
-        digests = _digests(plan, arena, progress)
+        digests = digest_tensors(plan, arena, progress)
         recorded = {entry.name: entry.digest for entry in manifest.digests}
         changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
         if not changed:
-            return arena, digests
+            return arena, digests, manifest.weight_version
         reason = f"tensor {changed[0]} is not what was loaded"
     _logger.warning("%s is not mapped again, loading anew: %s", arena_id, reason)
     arena.close()
@@ -171,7 +182,7 @@ def _map_complete(
 
 
 def _difference(wanted: worker_pb2.ArenaManifest, manifest: worker_pb2.ArenaManifest, plan: ArenaPlan) -> str | None:
-    if manifest.state != worker_pb2.ARENA_STATE_COMPLETE:
+    if manifest.state not in (worker_pb2.ARENA_STATE_COMPLETE, worker_pb2.ARENA_STATE_UPDATING):
         return f"its state is {worker_pb2.ArenaState.Name(manifest.state)}"
     for field in ("layout_hash", "model_id", "quantization"):
         if getattr(manifest, field) != getattr(wanted, field):
@@ -192,7 +203,7 @@ def _fill_with_dummies(plan: ArenaPlan, arena: Arena, seed: int, progress: Progr
         progress("weights", done, total)
 
 
-def _digests(plan: ArenaPlan, arena: Arena, progress: Progress) -> dict[str, int]:
+def digest_tensors(plan: ArenaPlan, arena: Arena, progress: Progress) -> dict[str, int]:
     """The digest of every tensor of the arena, padding rows included."""
     done, total = 0, plan.tensor_bytes
     sums: list[torch.Tensor] = []
@@ -203,10 +214,15 @@ def _digests(plan: ArenaPlan, arena: Arena, progress: Progress) -> dict[str, int
     return {name: unsigned(value) for name, value in zip(plan.tensors, torch.stack(sums).tolist(), strict=True)}
 
 
-def _completed(wanted: worker_pb2.ArenaManifest, arena: Arena, digests: dict[str, int]) -> worker_pb2.ArenaManifest:
+def completed_manifest(
+    wanted: worker_pb2.ArenaManifest, arena: Arena, digests: dict[str, int], *, version: int = 0
+) -> worker_pb2.ArenaManifest:
+    """The manifest of an arena that holds whole weights of that version."""
     manifest = worker_pb2.ArenaManifest()
     manifest.CopyFrom(wanted)
     manifest.bytes = arena.size
     manifest.state = worker_pb2.ARENA_STATE_COMPLETE
+    manifest.weight_version = version
+    del manifest.digests[:]
     manifest.digests.extend(worker_pb2.TensorDigest(name=name, digest=digest) for name, digest in digests.items())
     return manifest

@@ -38,7 +38,15 @@ def run_rank(settings: ServeSettings, rank: int) -> None:
     status = StatusBoard(rank=rank, device=str(device), threads=torch.get_num_threads())
     if device.type == "cuda":
         announce_compilations(status)
-    worker = Worker(rank=rank, device=device, arenas=arenas, gate=gate, status=status, address=settings.address)
+    worker = Worker(
+        rank=rank,
+        device=device,
+        arenas=arenas,
+        gate=gate,
+        status=status,
+        address=settings.address,
+        token=settings.token,
+    )
 
     # After the fork, and so in this function.
     from tpmodel_worker.rank.server import RankServer

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.load import LoadedModel, LoadFormat, Progress, load_model
 from tpmodel_worker.models.config import ModelConfig, parse_model_config
@@ -73,6 +74,11 @@ class ShardHolder:
     def loaded(self) -> LoadedModel | None:
         """The model, if there is one."""
         return self._shard.loaded if self._shard is not None else None
+
+    def replace_weights(self, *, arena: Arena, digest: int, version: int | None) -> None:
+        """Notes which arena holds the model's weights now, and what they are; version None: they are not whole."""
+        assert self._shard is not None, "weights are replaced in a loaded model"
+        self._shard.loaded = replace(self._shard.loaded, arena=arena, digest=digest, weight_version=version)
 
     @property
     def model_id(self) -> str:
@@ -158,6 +164,7 @@ class ShardHolder:
             kv_blocks_available=shard.blocks_available,
             kv_block_bytes=shard.kv_shape.block_bytes,
             state_bytes=shard.kv_shape.state_bytes,
+            weight_version=loaded.weight_version,
         )
 
     def _describe(

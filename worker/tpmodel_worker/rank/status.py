@@ -32,6 +32,11 @@ class StatusBoard:
             else:
                 self._status.progress.CopyFrom(progress)
 
+    def weight_update(self, state: pb.WeightUpdateStatus) -> None:
+        """Sets how far a weight update's thread is."""
+        with self._lock:
+            self._status.weight_update.CopyFrom(state)
+
     def busy(self, what: str, seconds: float) -> None:
         """Announces a compilation or capture that may last so long."""
         with self._lock:

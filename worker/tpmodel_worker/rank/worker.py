@@ -24,6 +24,7 @@ from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.rank.session import EpochEndedError, EpochGate
 from tpmodel_worker.rank.shard import ShardHolder
 from tpmodel_worker.rank.status import StatusBoard
+from tpmodel_worker.weights.updates import WeightUpdates
 
 _logger = logging.getLogger(__name__)
 
@@ -73,8 +74,9 @@ class Worker:
         gate: EpochGate,
         status: StatusBoard,
         address: str = "",
+        token: str = "",
     ) -> None:
-        """address: IP of this pod; "": whichever leads to the rendezvous."""
+        """address: IP of this pod; "": whichever leads to the rendezvous. token: the gang's."""
         self._rank = rank
         self._address = address
         self._device = device
@@ -82,6 +84,15 @@ class Worker:
         self._gate = gate
         self._status = status
         self._shard = ShardHolder(rank=rank, device=device, arenas=arenas)
+        self._updates = WeightUpdates(
+            rank=rank,
+            device=device,
+            arenas=arenas,
+            shard=self._shard,
+            token=token,
+            address=address,
+            report=status.weight_update,
+        )
         self._commands: queue.SimpleQueue[_Open | _Leave | pb.SessionRequest] = queue.SimpleQueue()
         self._epoch: _Epoch | None = None
         self._handlers: dict[str, Callable[[_Epoch, pb.SessionRequest], pb.SessionResponse]] = {
@@ -90,6 +101,7 @@ class Worker:
             "load_dense_shard": self._load,
             "clear_kv_cache": self._clear,
             "unload_model": self._unload,
+            "weight_update": self._update_weights,
             "shutdown": self._shut_down,
         }
 
@@ -141,6 +153,7 @@ class Worker:
         if epoch is None:
             return
         epoch.runner = None
+        self._updates.leave("the epoch ends")
         if not epoch.replies.close(ABORT_SECONDS):
             _logger.error("the device does not finish its work", extra={"epoch": epoch.number})
         if epoch.communicator is not None:
@@ -195,7 +208,12 @@ class Worker:
         self._gate.attach(epoch.number, lambda _reason: cancelled.set())
         communicator = build_communicator(spec, device=self._device, arenas=self._arenas, cancelled=cancelled)
         epoch.communicator, epoch.init = communicator, init
-        self._gate.attach(epoch.number, communicator.abort)
+
+        def release(reason: str) -> None:
+            communicator.abort(reason)
+            self._updates.abort_group(reason)
+
+        self._gate.attach(epoch.number, release)
         self._status.update(state="initialised", world_size=init.world_size, communicator=communicator.name)
         seconds = time.perf_counter() - started
         return pb.SessionResponse(init_ok=pb.InitOk(communicator=communicator.name, seconds=seconds))
@@ -255,8 +273,17 @@ class Worker:
         self._status.update(state="serving", slots_used=0)
         return pb.SessionResponse(kv_cache_cleared=pb.KvCacheCleared(num_blocks=self._shard.kv_blocks))
 
+    def _update_weights(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
+        self._communicator(epoch)
+        ok = self._updates.execute(request.weight_update)
+        loaded = self._shard.loaded
+        if loaded is not None:
+            self._status.update(weight_version=loaded.weight_version or 0, weights_digest=loaded.digest)
+        return pb.SessionResponse(weight_update_ok=ok)
+
     def _unload(self, epoch: _Epoch, _request: pb.SessionRequest) -> pb.SessionResponse:
         epoch.runner = None
+        self._updates.leave("the model is unloaded")
         freed = self._shard.unload()
         self._show_model()
         self._status.update(slots_used=0)
@@ -270,6 +297,8 @@ class Worker:
         if runner is None:
             what = "no model is loaded" if self._shard.loaded is None else "the KV cache was not made: ClearKvCache"
             raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, what)
+        if plan.steps and not self._updates.whole:
+            raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, "the weights are incomplete: an update did not finish")
         if epoch.failed_seq:
             raise RequestError(
                 pb.ERROR_KIND_ABORTED, f"plan {epoch.failed_seq} failed before: clear the KV cache first"
@@ -295,6 +324,7 @@ class Worker:
             weights_bytes=loaded.bytes if loaded is not None else 0,
             weights_digest=loaded.digest if loaded is not None else 0,
             bytes_read=loaded.bytes_read if loaded is not None else 0,
+            weight_version=(loaded.weight_version or 0) if loaded is not None else 0,
             kv_bytes=self._shard.kv_bytes,
             kv_blocks=self._shard.kv_blocks,
         )

@@ -1,0 +1,502 @@
+"""Live weight updates into a whole server: a model that is trained, the oracle after each update, and failures."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from support.checkpoints import make_checkpoint, random_prompts
+from support.scale import WEIGHT_UPDATES
+from support.trainer import TOKEN, TrainedModel, chooses
+from tpmodel import Client, Result, TpmodelError
+from tpmodel.channel import metadata
+from tpmodel.local import LocalServer
+from tpmodel.trainer import Trainer, UpdateOptions, UpdateOrderError, WeightUpdateError, connect
+from tpmodel.v1 import inference_pb2, inference_pb2_grpc, weights_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tpmodel.v1 import weights_pb2 as pb
+
+TESTS = Path(__file__).parents[1]
+TOKENS = 24
+GREEDY = {"temperature": 0, "ignore_eos": True}
+PROMPTS = random_prompts(4, shortest=5, longest=40, vocabulary=512, seed=3)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "packed": {"buffer_size": 50_000},
+    "unpacked": {"packed": False},
+    "shadow": {"mode": "shadow", "buffer_size": 50_000, "buffer_count": 3},
+}
+
+
+@dataclass
+class Served:
+    """A server, and the model that a trainer updates it with."""
+
+    server: LocalServer
+    trained: TrainedModel
+    checkpoint: Path
+    version: int = 0
+
+    def connect(self, **options: Any) -> Trainer:
+        return connect(self.server.control_target, token=TOKEN, options={"deadline_seconds": 20, **options})
+
+    def next_version(self) -> int:
+        self.version += 1
+        return self.version
+
+    def update(self, trainer: Trainer, **arguments: Any) -> None:
+        """Trains, and sends a full set."""
+        self.trained.train()
+        self.send(trainer, **arguments)
+
+    def send(self, trainer: Trainer, **arguments: Any) -> None:
+        """Sends a full set."""
+        trainer.send_weights(self.trained.weights, version=self.next_version(), **arguments)
+
+    def check(self) -> None:
+        """Greedy output is that of transformers with the trainer's weights, made with its version."""
+        with Client(self.server.target) as client:
+            for prompt in PROMPTS:
+                result = client.complete(prompt, max_tokens=TOKENS, **GREEDY)
+                assert len(result.token_ids[0]) == TOKENS
+                assert self.trained.chooses(prompt, list(result.token_ids[0]))
+                assert result.completion.weight_versions == (self.version,)
+
+    def served(self) -> pb.ServedVersion:
+        with self.stub() as stub:
+            return stub.GetVersion(pb.GetVersionRequest(), metadata=metadata(TOKEN), timeout=10).served
+
+    def stub(self) -> StubContext:
+        return StubContext(self.server.control_target)
+
+    def state(self) -> worker_pb2.EngineState:
+        with grpc.insecure_channel(self.server.health_target) as channel:
+            stub = worker_pb2_grpc.StatusServiceStub(channel)
+            return stub.GangStatus(worker_pb2.GangStatusRequest(), timeout=10).engine
+
+    def ready(self) -> bool:
+        with grpc.insecure_channel(self.server.health_target) as channel:
+            request = health_pb2.HealthCheckRequest(service="tpmodel.v1.Ready")
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            reply = stub.Check(request, timeout=10)
+            return reply.status == health_pb2.HealthCheckResponse.SERVING
+
+    def heal(self) -> None:
+        """Whatever a test has left behind, a full set mends it."""
+        with self.connect() as trainer:
+            self.update(trainer)
+
+
+class StubContext:
+    """A bare stub, for calls that the trainer's side would not make."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = grpc.insecure_channel(target)
+
+    def __enter__(self) -> Any:
+        return weights_pb2_grpc.WeightServiceStub(self._channel)
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+
+def serve(folder: Path, tp: int) -> Iterator[Served]:
+    checkpoint = make_checkpoint(folder / "checkpoint", seed=tp)
+    token_file = folder / "token"
+    token_file.write_text(f"{TOKEN}\n")
+    options = ["--dtype", "float32", "--kv-cache-memory", "8M", "--log-format", "text"]
+    options += ["--token-file", str(token_file)]
+    # Threads of torch's own that wait for each other are slow where processors are few.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(environment)) as server:
+        yield Served(server, TrainedModel(checkpoint), checkpoint)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(params=["one_rank", "two_ranks"])
+def served(request: pytest.FixtureRequest) -> Served:
+    return request.getfixturevalue(request.param)
+
+
+class Stream:
+    """A greedy request that runs in a thread of its own."""
+
+    def __init__(self, target: str, prompt: list[int], count: int) -> None:
+        self.result: Result | None = None
+        self.error: TpmodelError | None = None
+        self.tokens: list[int] = []
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(target, prompt, count))
+        self._thread.start()
+
+    def _run(self, target: str, prompt: list[int], count: int) -> None:
+        with Client(target) as client:
+            try:
+                stream = client.generate(prompt, max_tokens=count, **GREEDY)
+                for chunk in stream:
+                    self.tokens += chunk.token_ids
+                    if len(self.tokens) > 4:
+                        self._begun.set()
+                self.result = stream.result()
+            except TpmodelError as error:
+                self.error = error
+            finally:
+                self._begun.set()
+
+    def begun(self) -> Stream:
+        assert self._begun.wait(30)
+        return self
+
+    def end(self) -> Stream:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self
+
+
+def raw_stream(target: str, *, begun: bool = True) -> Future[grpc.StatusCode]:
+    """A long request without a client that would try again; how it ends. begun: waits for its first tokens."""
+    started = threading.Event()
+    ended: Future[grpc.StatusCode] = Future()
+
+    def run() -> None:
+        sampling = inference_pb2.SamplingParams(temperature=0, ignore_eos=True, max_tokens=700)
+        ids = inference_pb2.TokenIds(ids=PROMPTS[0])
+        request = inference_pb2.GenerateRequest(token_ids=ids, sampling=sampling)
+        with grpc.insecure_channel(target) as channel:
+            try:
+                for response in inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60):
+                    if response.chunk.token_ids:
+                        started.set()
+                ended.set_result(grpc.StatusCode.OK)
+            except grpc.RpcError as error:
+                ended.set_result(error.code())  # pyright: ignore[reportAttributeAccessIssue]
+            finally:
+                started.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert not begun or started.wait(30)
+    return ended
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_after_each_update_greedy_output_is_that_of_transformers_with_the_trainers_weights(
+    served: Served, layout: str
+) -> None:
+    """E39, E40, E44, U35."""
+    sent: list[tuple[int, int]] = []
+    with served.connect(**LAYOUTS[layout]) as trainer:
+        for _ in range(2):
+            served.update(trainer, progress=lambda *bytes_sent: sent.append(bytes_sent))
+            served.check()
+            assert trainer.versions() == [served.version]
+    total = sum(tensor.nbytes for tensor in served.trained.weights.values())
+    assert total <= sent[-1][0] == sent[-1][1] < total + 10_000
+    assert served.state().weight_version == served.version
+
+
+def test_tensors_may_be_made_as_they_are_asked_for(two_ranks: Served) -> None:
+    """E39: with little held beside them."""
+    with two_ranks.connect(group_bytes=60_000, buffer_size=20_000) as trainer:
+        two_ranks.trained.train()
+        weights = two_ranks.trained.weights
+        tensors = ((name, weights[name].clone()) for name in reversed(weights))
+        trainer.send_weights(tensors, version=two_ranks.next_version())
+    two_ranks.check()
+
+
+class TestRunningRequests:
+    """What becomes of requests that run when an update begins."""
+
+    PROMPT = PROMPTS[0]
+    COUNT = 900
+
+    def begin(self, served: Served) -> Stream:
+        return Stream(served.server.target, self.PROMPT, self.COUNT).begun()
+
+    @pytest.mark.parametrize("mode", ["in_place", "shadow"])
+    def test_kept_ones_go_on_with_the_new_weights_behind_the_tokens_that_they_have(
+        self, served: Served, mode: str
+    ) -> None:
+        """E46: no token is made with half an update, none is lost or changed."""
+        before, old = served.version, copy.deepcopy(served.trained.model)
+        with served.connect(mode=mode) as trainer:
+            served.trained.train()
+            stream = self.begin(served)
+            had = list(stream.tokens)
+            served.send(trainer, running="keep")
+        result = stream.end().result
+        assert result is not None, stream.error
+        assert result.completion.weight_versions == (before, served.version)
+        ids = list(result.token_ids[0])
+        assert len(ids) == self.COUNT
+        assert ids[: len(had)] == had
+        assert chooses(old, self.PROMPT, had)
+        # The last ones were made with the new weights, behind all that there was.
+        assert served.trained.chooses([*self.PROMPT, *ids[:-20]], ids[-20:])
+
+    def test_finished_ones_end_with_the_old_weights_while_new_ones_wait(self, two_ranks: Served) -> None:
+        before, old = two_ranks.version, copy.deepcopy(two_ranks.trained.model)
+        with two_ranks.connect() as trainer:
+            two_ranks.trained.train()
+            stream = self.begin(two_ranks)
+            updating = threading.Thread(target=two_ranks.send, args=(trainer,), kwargs={"running": "finish"})
+            updating.start()
+            eventually(lambda: self.waits(two_ranks), "the update has begun to wait")
+            late = Stream(two_ranks.server.target, PROMPTS[1], TOKENS)
+            updating.join(60)
+            assert not updating.is_alive()
+        result, late_result = stream.end().result, late.end().result
+        assert result is not None
+        assert result.completion.weight_versions == (before,)
+        assert chooses(old, self.PROMPT, list(result.token_ids[0]))
+        assert late_result is not None
+        # It may have come before the update began to wait, where the machine is slow: then it counts as running.
+        model = old if late_result.completion.weight_versions == (before,) else two_ranks.trained.model
+        assert late_result.completion.weight_versions in ((before,), (two_ranks.version,))
+        assert chooses(model, PROMPTS[1], list(late_result.token_ids[0]))
+
+    def waits(self, served: Served) -> bool:
+        """Whether a call of the trainer is under way."""
+        with served.stub() as stub:
+            try:
+                stub.GetParameterInfo(pb.GetParameterInfoRequest(), metadata=metadata(TOKEN), timeout=1)
+            except grpc.RpcError:
+                return True
+            return False
+
+    def test_aborted_ones_fail_at_once_and_say_why(self, two_ranks: Served) -> None:
+        with two_ranks.connect() as trainer:
+            two_ranks.trained.train()
+            stream = self.begin(two_ranks)
+            two_ranks.send(trainer, running="abort")
+        error = stream.end().error
+        assert error is not None
+        assert error.code == "ABORTED"
+        assert "a weight update began" in error.message
+        two_ranks.check()
+
+
+class TestOrder:
+    """E38, E45."""
+
+    def code(self, call: Callable[..., Any], request: Any) -> tuple[str, str]:
+        with pytest.raises(grpc.RpcError) as caught:
+            # Refusals of a stream come with its first message.
+            next(iter(call(request, metadata=metadata(TOKEN), timeout=20)))
+        error = caught.value
+        assert isinstance(error, grpc.Call)
+        return error.code().name, error.details() or ""
+
+    def test_calls_that_are_not_due_are_refused_and_the_server_serves_on(self, two_ranks: Served) -> None:
+        with two_ranks.stub() as stub:
+            start = pb.StartUpdateRequest(running=pb.RUNNING_REQUESTS_KEEP)
+            for call, request in (
+                (stub.StartUpdate, start),
+                (stub.Update, pb.UpdateRequest()),
+                (stub.FinishUpdate, pb.FinishUpdateRequest(version=1000)),
+            ):
+                code, details = self.code(call, request)
+                assert code == "FAILED_PRECONDITION"
+                assert "the update is idle" in details
+            with two_ranks.connect() as trainer:
+                assert self.code(stub.Update, pb.UpdateRequest())[0] == "FAILED_PRECONDITION"
+                with trainer.update(two_ranks.next_version()) as update:
+                    assert self.code(stub.StartUpdate, start)[0] == "FAILED_PRECONDITION"
+                    init = pb.InitUpdateRequest(master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=3)
+                    assert self.code(stub.InitUpdate, init)[0] == "FAILED_PRECONDITION"
+                    update.send(two_ranks.trained.weights)
+        two_ranks.check()
+
+    def test_a_version_that_does_not_follow_and_ranks_that_cannot_be_are_refused(self, two_ranks: Served) -> None:
+        """E37."""
+        with two_ranks.stub() as stub:
+            init = pb.InitUpdateRequest(
+                master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=2, mode=pb.UPDATE_MODE_IN_PLACE
+            )
+            code, details = self.code(stub.InitUpdate, init)
+            assert (code, "gang 0 needs ranks 1 to 2" in details) == ("INVALID_ARGUMENT", True)
+            init.world_size = 3
+            code, details = self.code(stub.InitUpdate, init)
+            assert (code, "127.0.0.1:1 can't be reached" in details) == ("UNAVAILABLE", True)
+        with two_ranks.connect(mode="shadow") as trainer:
+            with pytest.raises(WeightUpdateError, match="version 0 does not follow"):
+                trainer.send_weights(two_ranks.trained.weights, version=0)
+        two_ranks.check()
+
+    def test_a_call_without_the_token_is_refused(self, two_ranks: Served) -> None:
+        with pytest.raises(WeightUpdateError, match="bearer token"):
+            connect(two_ranks.server.control_target, token="another")
+
+    def test_a_trainer_may_be_closed_twice_and_cannot_update_then(self, two_ranks: Served) -> None:
+        """E46: the group is aborted, the gang serves on."""
+        with two_ranks.connect() as trainer:
+            two_ranks.update(trainer)
+            trainer.close()
+            trainer.close()
+            with pytest.raises(UpdateOrderError, match=r"join\(\) first"):
+                trainer.send_weights(two_ranks.trained.weights, version=two_ranks.version + 1)
+        two_ranks.check()
+
+    def test_options_are_a_dict_or_the_dataclass(self, two_ranks: Served) -> None:
+        """E44."""
+        options = UpdateOptions(deadline_seconds=20, buffer_size=1)
+        with connect(two_ranks.server.control_target, token=TOKEN, options=options) as trainer:
+            two_ranks.update(trainer)
+        two_ranks.check()
+
+
+class TestChecks:
+    """E36, E41: before a byte moves; the version before is served on."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"model.norm.weight": torch.zeros(65)}, r"model.norm.weight has shape \(65,\)"),
+            ({"model.norm.weights": torch.zeros(64)}, "has no tensor model.norm.weights"),
+            ({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}, "model.norm.weight is int32"),
+            ({"model.norm.weight": None}, "1 tensors of a full set are missing, the first is model.norm.weight"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_by_the_sender(
+        self, two_ranks: Served, change: dict[str, torch.Tensor | None], message: str
+    ) -> None:
+        weights = {name: tensor for name, tensor in (two_ranks.trained.weights | change).items() if tensor is not None}
+        with two_ranks.connect() as trainer:
+            with pytest.raises(ValueError, match=message):
+                trainer.send_weights(weights, version=two_ranks.version + 1)
+        two_ranks.check()
+
+    def test_the_ranks_check_for_themselves(self, two_ranks: Served) -> None:
+        with two_ranks.connect(mode="shadow") as trainer, two_ranks.stub() as stub:
+            with pytest.raises(grpc.RpcError, match=r"1 names, 0 dtypes and 0 shapes"):
+                with trainer.update(two_ranks.version + 1):
+                    list(stub.Update(pb.UpdateRequest(names=["a"]), metadata=metadata(TOKEN), timeout=20))
+        two_ranks.check()
+
+
+class TestFailures:
+    """E46."""
+
+    def test_in_place_serves_nothing_until_a_full_set_heals_it(self, served: Served) -> None:
+        stream = raw_stream(served.server.target)
+        with served.connect() as trainer:
+            with pytest.raises(RuntimeError, match="the trainer fails"):
+                self.break_off(served, trainer)
+            assert trainer.versions() == [None]
+            assert stream.result(30) == grpc.StatusCode.UNAVAILABLE
+            self.check_incomplete(served)
+            trainer.join()
+            with pytest.raises(WeightUpdateError, match=r"tensors of the set have not come"):
+                # Half a set does not heal it either.
+                self.break_off(served, trainer, fails=False)
+            self.check_incomplete(served)
+            trainer.join()
+            served.update(trainer)
+        served.check()
+        assert served.state().weights_condition == ""
+        eventually(served.ready, "the server is ready again")
+
+    def break_off(self, served: Served, trainer: Trainer, *, fails: bool = True) -> None:
+        """An update that ends with a few of its tensors sent."""
+        with trainer.update(served.version + 1) as update:
+            update.send({name: tensor + 1 for name, tensor in list(served.trained.weights.items())[:3]})
+            if trainer.options.mode == "in_place":
+                assert not served.served().HasField("version")
+            else:
+                served.check()
+            if fails:
+                raise RuntimeError("the trainer fails")
+
+    def check_incomplete(self, served: Served) -> None:
+        version = served.served()
+        assert not version.HasField("version")
+        assert version.reason == "WeightsIncomplete"
+        assert served.state().weights_condition == "WeightsIncomplete"
+        eventually(lambda: not served.ready(), "the server is not ready")
+        assert raw_stream(served.server.target, begun=False).result(10) == grpc.StatusCode.UNAVAILABLE
+
+    def test_shadow_serves_the_old_version_on(self, two_ranks: Served) -> None:
+        with two_ranks.connect(mode="shadow") as trainer:
+            with pytest.raises(RuntimeError, match="the trainer fails"):
+                self.break_off(two_ranks, trainer)
+            two_ranks.check()
+
+    def test_an_update_that_ends_before_a_byte_has_moved_changes_nothing(self, two_ranks: Served) -> None:
+        with two_ranks.connect() as trainer:
+            with pytest.raises(RuntimeError, match="the trainer fails"):
+                with trainer.update(two_ranks.version + 1):
+                    raise RuntimeError("the trainer fails")
+        two_ranks.check()
+
+    def test_a_trainer_that_says_nothing_more_does_not_keep_the_gang_paused(self, two_ranks: Served) -> None:
+        with two_ranks.connect(deadline_seconds=1.0) as trainer:
+            with pytest.raises(WeightUpdateError, match="FAILED_PRECONDITION"):
+                with trainer.update(two_ranks.version + 1):
+                    two_ranks.check()  # it waits until the pause is over
+        assert two_ranks.served().version == two_ranks.version
+
+    def test_a_killed_trainer_is_noticed_at_once(self, two_ranks: Served) -> None:
+        arguments = [str(two_ranks.checkpoint), two_ranks.server.control_target, TOKEN]
+        command = [sys.executable, "-m", "support.killed_trainer", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(TESTS)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "half\n"
+            process.kill()
+        eventually(lambda: "the trainer has gone" in two_ranks.served().message, "the trainer's death is noticed", 10)
+        assert two_ranks.served().reason == "WeightsIncomplete"
+        two_ranks.heal()
+        two_ranks.check()
+
+
+def test_many_updates_leave_nothing_behind(two_ranks: Served) -> None:
+    """Memory, threads and descriptors of every process of the server."""
+
+    def usage() -> dict[str, tuple[int, int]]:
+        family = psutil.Process(two_ranks.server.process.pid).children(recursive=True)
+        return {str(process.pid): (process.num_threads(), process.num_fds()) for process in family}
+
+    with two_ranks.connect() as trainer:
+        for _ in range(3):
+            two_ranks.update(trainer)
+        before = usage()
+        started = time.monotonic()
+        for _ in range(WEIGHT_UPDATES):
+            two_ranks.trained.train(1)
+            trainer.send_weights(two_ranks.trained.weights, version=two_ranks.next_version())
+        print(f"{WEIGHT_UPDATES} updates in {time.monotonic() - started:.1f} s")
+        after = usage()
+    assert after.keys() == before.keys()
+    for pid, (threads, descriptors) in after.items():
+        assert threads <= before[pid][0] + 2, pid
+        assert descriptors <= before[pid][1] + 2, pid
+    two_ranks.check()

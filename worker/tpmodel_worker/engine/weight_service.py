@@ -1,0 +1,84 @@
+"""WeightService on the control port: what a trainer calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from tpmodel.v1 import weights_pb2 as pb
+from tpmodel.v1 import weights_pb2_grpc
+from tpmodel_worker.engine.weight_errors import UpdateError
+from tpmodel_worker.engine.weight_updates import WeightUpdates
+
+WEIGHT_SERVICE = "tpmodel.v1.WeightService"
+
+
+class WeightService(weights_pb2_grpc.WeightServiceServicer):
+    """Turns calls into steps of the update, and refusals into status codes."""
+
+    def __init__(self, updates: WeightUpdates) -> None:
+        self._updates = updates
+
+    async def GetParameterInfo(  # noqa: N802
+        self, request: pb.GetParameterInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetParameterInfoResponse:
+        """What the trainer may send."""
+        async with _refusals(context):
+            return await self._updates.describe()
+        raise AssertionError("a refusal ends the call")
+
+    async def InitUpdate(  # noqa: N802
+        self, request: pb.InitUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.InitUpdateResponse:
+        """Joins the trainer's group."""
+        async with _refusals(context):
+            await self._updates.init(request)
+        return pb.InitUpdateResponse(served=self._updates.served)
+
+    async def StartUpdate(  # noqa: N802
+        self, request: pb.StartUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.StartUpdateResponse:
+        """Pauses, or makes room."""
+        async with _refusals(context):
+            await self._updates.start(request.running)
+        return pb.StartUpdateResponse(served=self._updates.served)
+
+    async def Update(  # noqa: N802
+        self, request: pb.UpdateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.UpdateResponse]:
+        """Receives tensors."""
+        async with _refusals(context), contextlib.aclosing(self._updates.update(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def FinishUpdate(  # noqa: N802
+        self, request: pb.FinishUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.FinishUpdateResponse:
+        """Commits."""
+        async with _refusals(context):
+            await self._updates.finish(request.version)
+        return pb.FinishUpdateResponse(served=self._updates.served)
+
+    async def AbortUpdate(  # noqa: N802
+        self, request: pb.AbortUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortUpdateResponse:
+        """Ends the update."""
+        async with _refusals(context):
+            await self._updates.abort(request.reason)
+        return pb.AbortUpdateResponse(served=self._updates.served)
+
+    async def GetVersion(  # noqa: N802
+        self, request: pb.GetVersionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetVersionResponse:
+        """What is served; answered at any time."""
+        return pb.GetVersionResponse(served=self._updates.served)
+
+
+@contextlib.asynccontextmanager
+async def _refusals(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    try:
+        yield
+    except UpdateError as error:
+        await context.abort(error.code, str(error))

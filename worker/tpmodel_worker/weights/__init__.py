@@ -1,0 +1,1 @@
+"""Live weight updates, on the ranks' side."""
