@@ -137,7 +137,9 @@ def _readiness(gang: Gang, around: Circumstances) -> GangStatus:
     doomed = status.restart.doomed if status.restart is not None and began else []
     leader = next((pod for pod in gang.pods if pod.index == 0 and pod.uid not in doomed), None)
     ready = leader is not None and leader.ready and leader.deleting_since is None
-    changed = clock.text((leader.ready_changed if leader is not None else None) or around.now)
+    # One that is being deleted while Ready changed its condition when it became so, which may be long ago.
+    told = leader.ready_changed if leader is not None and leader.ready == ready else None
+    changed = clock.text(told or around.now)
     if ready:
         since = status.ready_since or changed
         return status.model_copy(

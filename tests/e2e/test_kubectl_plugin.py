@@ -37,6 +37,8 @@ def within(model: DeployedModel) -> str:
 
 
 def test_status_shows_every_pod_with_its_node(model: DeployedModel, plugin: Plugin) -> None:
+    # A gang is Ready when its leader pod is: the other's probe may come a little later.
+    model.kubectl.run("wait", "pod", f"--selector=tpmodel.dev/model={MODEL}", "--for=condition=Ready", "--timeout=60s")
     lines = plugin.run("status", MODEL, within(model)).stdout.splitlines()
     assert lines[0] == f"TPModel {model.kubectl.namespace}/{MODEL}: Ready, 1/1 gangs ready"
     for pod in model.pods():

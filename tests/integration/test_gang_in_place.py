@@ -149,3 +149,58 @@ def test_rebuilds_are_counted_in_the_pods_own_folder(gang: Gang) -> None:
     (counted,) = Path(leader._runtime.name).glob("rebuilds-*.json")
     assert f'"spent": {10 - left}' in counted.read_text()
     assert not worker.ended
+
+
+def test_a_worker_pod_that_drains_leaves_alone_and_the_leader_keeps_its_weights(gang: Gang) -> None:
+    """DESIGN section 4: running streams are finished first, and no other pod ends."""
+    leader, worker = gang.start_all()
+    expected, before = undisturbed(leader.target), processes(leader)
+    stream = Stream(leader.target)
+
+    worker.process.send_signal(signal.SIGTERM)
+
+    leader.eventually(lambda: not leader.health(), "the gang is not ready")
+    assert stream.end() == expected
+    assert worker.wait_exit() == 0
+    successor = gang.start(1)
+    leader.wait_ready()
+    assert successor.health()
+    assert undisturbed(leader.target) == expected
+    assert processes(leader) == before
+    state = leader.gang_status().engine
+    assert state.rebuilds == 0
+    assert state.last_faults[-1].kind == "pod_drained"
+    line = next(line for line in reversed(loads(leader)) if "rank 0" in line)
+    assert "mapped" in line
+
+
+def test_a_leader_pod_that_drains_leaves_alone_and_the_worker_pod_keeps_its_weights(gang: Gang) -> None:
+    """DESIGN section 4."""
+    leader, worker = gang.start_all()
+    expected, before = undisturbed(leader.target), processes(worker)
+    stream = Stream(leader.target)
+
+    leader.process.send_signal(signal.SIGTERM)
+
+    assert stream.end() == expected
+    assert leader.wait_exit() == 0
+    gang.publish(leader=None)
+    successor = gang.start(0)
+    successor.wait_ready()
+    assert undisturbed(successor.target) == expected
+    assert processes(worker) == before
+    line = next(line for line in loads(successor) if "rank 1" in line)
+    assert "mapped" in line
+    assert "(0 read)" in line
+
+
+def test_a_gang_that_is_removed_drains_in_all_its_pods(gang: Gang) -> None:
+    leader, worker = gang.start_all()
+    expected = undisturbed(leader.target)
+    stream = Stream(leader.target)
+
+    for pod in (worker, leader):
+        pod.process.send_signal(signal.SIGTERM)
+
+    assert stream.end() == expected
+    assert (leader.wait_exit(), worker.wait_exit()) == (0, 0)

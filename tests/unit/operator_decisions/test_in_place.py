@@ -3,6 +3,7 @@
 import pytest
 
 from support.operator_cluster import Cluster, serving
+from tpmodel_operator import clock
 from tpmodel_operator.actions import DeletePod, WriteAttempt
 from tpmodel_operator.observed import PodRecord
 
@@ -124,6 +125,22 @@ def test_a_pod_that_is_deleted_drains_and_is_made_again():
     cluster.settle()
     assert (cluster.gang_status().phase, cluster.gang_status().attempt) == ("Serving", 1)
     assert cluster.deletions == []
+
+
+def test_a_leader_that_is_deleted_while_ready_was_ready_until_then():
+    """Its condition says since when it had been Ready: that is no time of being not Ready."""
+    cluster = in_place()
+    leader = cluster.pod(0)
+    cluster.change(leader, ready=True, ready_changed=cluster.now)
+    cluster.reconcile()
+    cluster.wait(3600)
+    deleted = cluster.now
+    cluster.delete_pod(leader.uid)
+    assert nothing_done(cluster)
+    assert cluster.gang_status().not_ready_since == clock.text(deleted)
+    lose(cluster, 0)
+    cluster.wait(5)
+    assert nothing_done(cluster)
 
 
 def test_an_evicted_pod_is_left_to_the_stateful_set():

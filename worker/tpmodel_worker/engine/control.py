@@ -41,7 +41,7 @@ class Gang(Protocol):
         """A registration brought something new."""
         ...
 
-    def pod_drains(self, name: str) -> None:
+    def pod_drains(self, uid: str, name: str) -> None:
         """A pod of the gang got SIGTERM."""
         ...
 
@@ -89,7 +89,7 @@ class GangService(worker_pb2_grpc.GangServiceServicer):
 
         def note(state: worker_pb2.EngineState) -> None:
             changed.set()
-            if (state.phase, state.leaving) != (sent.phase, sent.leaving):
+            if (state.phase, state.leaving, state.parted_pods) != (sent.phase, sent.leaving, sent.parted_pods):
                 phase_changed.set()
 
         stop_listening = self._status.listen(note)
@@ -116,7 +116,7 @@ class GangService(worker_pb2_grpc.GangServiceServicer):
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, message)
         name = self._members.pod_name(request.pod_uid)
         logger.info("pod %s drains", name, extra={"pod": request.pod_uid})
-        self._gang.pod_drains(name)
+        self._gang.pod_drains(request.pod_uid, name)
         return worker_pb2.DrainResponse()
 
     async def Rebuild(  # noqa: N802

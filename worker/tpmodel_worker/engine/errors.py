@@ -47,6 +47,10 @@ class NewerGenerationError(Exception):
     """Somebody asks for the next world while this one is well."""
 
 
+class PodPartedError(NewerGenerationError):
+    """A pod that drains has been let go: the next world is that of its successor."""
+
+
 class ConfigurationError(Exception):
     """What was asked for can't work, however often it is tried: a person has to change something."""
 
@@ -137,6 +141,7 @@ FATAL_KINDS = frozenset({worker_pb2.ERROR_KIND_DEVICE_POISONED})
 _FAULT_KINDS: dict[type[Exception], str] = {
     ChecksumError: "checksum",
     NewerGenerationError: "newer_generation",
+    PodPartedError: "pod_drained",
     ProtocolError: "protocol",
     SanityCheckError: "sanity_check",
     StaleAttemptError: "stale_attempt",

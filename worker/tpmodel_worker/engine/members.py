@@ -96,6 +96,11 @@ class Members:
                 return True
         return False
 
+    def part(self, uid: str) -> None:
+        """A pod that drains is let go: its ranks are missing."""
+        if self._pods.pop(uid, None) is not None:
+            self._note_change()
+
     def touch(self) -> None:
         """Whoever waits for a change looks again: there is another reason to build."""
         self._note_change()

@@ -17,8 +17,10 @@ from tpmodel_worker.engine.control import GangService, start_control_server
 from tpmodel_worker.engine.errors import RebuildRefusedError
 from tpmodel_worker.engine.front import Front, Key
 from tpmodel_worker.engine.generations import Generations, watch
+from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.members import Members
 from tpmodel_worker.engine.metrics import EngineMetrics
+from tpmodel_worker.engine.parting import Partings
 from tpmodel_worker.engine.pool import PoolTimeouts
 from tpmodel_worker.engine.report import SupervisorLink
 from tpmodel_worker.engine.requests import UNAVAILABLE, RefusedError, Request
@@ -75,7 +77,14 @@ class Engine:
         self._generations = Generations(self.world.newer_generation)
         self._watch_task: asyncio.Task[None] | None = None
         self.weights = WeightUpdates(self.world, self.status)
-        self.world.on_serving = self.weights.world_serves
+        self.world.on_serving = self._world_serves
+        self._partings = Partings(
+            self.world,
+            self._members,
+            self.status,
+            timeout=settings.drain_timeout,
+            propagation=settings.endpoint_propagation,
+        )
         self._link = SupervisorLink(settings.report_socket, self.status, self.drain)
         self._refusing = False
         self._control: grpc.aio.Server | None = None
@@ -121,11 +130,18 @@ class Engine:
         New ones are taken until others can know that they should go elsewhere (endpoint_propagation), then refused.
         """
         if self._drain_task is None:
+            self._partings.cancel()
             self._drain_task = asyncio.create_task(self._drain(timeout, cause), name="drain")
 
-    def pod_drains(self, name: str) -> None:
-        """A pod of the gang got SIGTERM: the gang drains as a whole, since no world is without its ranks."""
-        self.drain(self._settings.drain_timeout, f"pod {name} drains")
+    def pod_drains(self, uid: str, name: str) -> None:
+        """A pod of the gang got SIGTERM, and no world is without its ranks.
+
+        Mode InPlace waits for its successor; otherwise the gang drains as a whole.
+        """
+        if not self._settings.rebuilds:
+            self.drain(self._settings.drain_timeout, f"pod {name} drains")
+        elif self._drain_task is None:
+            self._partings.begin(uid, name)
 
     def give_way(self, attempt: int) -> None:
         """The gang is at a higher attempt: this engine must not serve beside its successor, and says so."""
@@ -165,11 +181,16 @@ class Engine:
             for endpoint in self._members.endpoints.values()
         )
 
+    def _world_serves(self, loop: ServingLoop) -> None:
+        self.weights.world_serves(loop)
+        self._partings.world_serves()
+
     async def stop(self) -> None:
         """Ends everything at once: requests fail, ranks hear Bye. Bounded, idempotent."""
         for task in (self._drain_task, self._link_task, self._watch_task):
             if task is not None:
                 task.cancel()
+        self._partings.cancel()
         if self.world.loop is not None:
             self.world.loop.fail_all("the engine was stopped")
         await self.weights.close()

@@ -73,6 +73,18 @@ class EngineStatus:
         self._state.cause = cause[:_MAX_CAUSE]
         self._tell()
 
+    def set_parting(self, pod: str, uid: str = "") -> None:
+        """A pod that drains, by name: the gang is not ready until its successor is there; empty: nobody drains."""
+        self._state.parting_pod = pod
+        # A container that was started again in the same pod drains once more.
+        self._state.parted_pods[:] = [parted for parted in self._state.parted_pods if parted != uid]
+        self._tell()
+
+    def add_parted(self, uid: str) -> None:
+        """A pod that may end."""
+        self._state.parted_pods.append(uid)
+        self._tell()
+
     def set_world(self, *, epoch: int | None = None, block_size: int = 0, kv_blocks: int = 0) -> None:
         """What the present world is made of."""
         if epoch is not None:

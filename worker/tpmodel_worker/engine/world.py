@@ -174,9 +174,14 @@ class World:
         self._recovery.cancel()
 
     async def close(self) -> None:
-        """Says Bye to the ranks of a built world; bounded, idempotent."""
+        """Ends a built world; bounded, idempotent. Its ranks hear Bye, unless other pods' wait for the next engine."""
         built, self._built, self._loop = self._built, None, None
-        if built is not None:
+        if built is None:
+            return
+        if self._settings.rebuilds and self._settings.pods > 1:
+            await built.pool.abort("the engine ends")
+            await built.pool.close()
+        else:
             await built.pool.shutdown()
 
     # ------------------------------------------------------------------------------------- forming

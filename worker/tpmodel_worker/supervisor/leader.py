@@ -154,7 +154,7 @@ class LeaderPod(Pod):
     def _look(self) -> bool:
         self._mark_running()
         serving = self._patience.observe(self._state, time.monotonic())
-        serving &= self._state is not None and not self._state.weights_condition
+        serving &= self._state is not None and not (self._state.weights_condition or self._state.parting_pod)
         if (left := self._patience.left(time.monotonic())) is not None:
             asyncio.get_running_loop().call_later(left, self._changed.set)
         ready = serving and not self.draining and self._report.listening.issuperset(self._api_names)

@@ -107,7 +107,7 @@ class Registration:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def drain(self) -> bool:
-        """Tells the engine that this pod ends, and with it the gang; False where it cannot be told."""
+        """Tells the engine that this pod is to end; False where it cannot be told."""
         if self._stub is None:
             return False
         request = worker_pb2.DrainRequest(pod_uid=self._settings.pod_uid)

@@ -68,7 +68,7 @@ class WorkerPod(Pod):
 
     def _on_followed_state(self, state: worker_pb2.EngineState) -> None:
         self._state = state
-        if state.leaving or state.phase in DRAINS:
+        if (state.leaving or state.phase in DRAINS) and self._ends_with_the_gang:
             self._forked.stop_restarting()
         self._changed.set()
 
@@ -85,10 +85,19 @@ class WorkerPod(Pod):
         self._end_with_the_gang()
         return registered
 
+    @property
+    def _ends_with_the_gang(self) -> bool:
+        """Mode InPlace: only a pod that drains itself; else it waits, with its weights, for the leader's successor."""
+        return self.draining or not self._settings.rebuilds
+
     def _end_with_the_gang(self) -> None:
         """The gang drains, whoever asked for it: this pod ends when its ranks got their Bye, or with the world."""
         state = self._state
-        if state is None or state.phase not in DRAINS:
+        if state is None or not self._ends_with_the_gang:
+            return
+        if self.draining and self._settings.pod_uid in state.parted_pods:
+            self._end(Ending(ExitCode.DRAINED, f"drained: {self._drain_reason}"))
+        if state.phase not in DRAINS:
             return
         processes = self._forked.processes
         said_bye = bool(processes) and not any(process.alive for process in processes)
@@ -97,7 +106,7 @@ class WorkerPod(Pod):
             self._end(Ending(ExitCode.DRAINED, f"drained: {cause}"))
 
     async def _drain(self) -> None:
-        """Tells the leader, and changes nothing else: the gang drains as one, and this pod serves in it meanwhile."""
+        """Tells the leader, and changes nothing else: this pod serves until the gang has drained or let it go."""
         if await self._registration.drain():
             try:
                 async with asyncio.timeout(self._settings.drain_timeout + _DRAIN_MARGIN_SECONDS):
