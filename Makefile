@@ -11,7 +11,9 @@ BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard requirements/*.txt) $(w
 run: .venv/.ready
 	@$(PYTHON) examples/run.py
 
-test: e2e-needs lint unit integration e2e
+# Each says what time and disk it took.
+test: e2e-needs
+	@for stage in lint unit integration e2e; do scripts/stage $$stage $(MAKE) --no-print-directory $$stage || exit; done
 
 .venv/.ready: $(BUILD_INPUTS)
 	@bash scripts/setup
