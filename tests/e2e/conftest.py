@@ -37,6 +37,7 @@ LAST = (
     "test_operator_crash",
     "test_operator_upgrade",
     "test_apiserver_restart",
+    "test_in_place",
     "test_node_failure",
     "test_helm",
     "test_uninstall",
