@@ -9,36 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Protocol
 
 from tpmodel_worker.engine.errors import PodPartedError
-from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.members import Members
-from tpmodel_worker.engine.pool import Pool
+from tpmodel_worker.engine.served_world import ServedWorld
 from tpmodel_worker.engine.status import EngineStatus
 
 logger = logging.getLogger(__name__)
-
-
-class World(Protocol):
-    """What is asked of the world."""
-
-    @property
-    def pool(self) -> Pool | None:
-        """The ranks; None while there is no world."""
-        ...
-
-    @property
-    def loop(self) -> ServingLoop | None:
-        """Where requests are served; None before the first world."""
-        ...
 
 
 class Partings:
     """Lets pods go, one task for each."""
 
     def __init__(
-        self, world: World, members: Members, status: EngineStatus, *, timeout: float, propagation: float
+        self, world: ServedWorld, members: Members, status: EngineStatus, *, timeout: float, propagation: float
     ) -> None:
         """timeout: seconds that running requests have, of which `propagation` pass until clients know."""
         self._world = world

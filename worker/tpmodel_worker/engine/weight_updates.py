@@ -12,7 +12,7 @@ import enum
 import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -21,6 +21,7 @@ from tpmodel_worker.engine.errors import PoolError, WrongRankError
 from tpmodel_worker.engine.exchange import Patience
 from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.pool import Pool
+from tpmodel_worker.engine.served_world import ServedWorld
 from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, WEIGHTS_UPDATING, EngineStatus
 from tpmodel_worker.engine.trainer_link import TrainerLink
 from tpmodel_worker.engine.weight_errors import UpdateError, failure_of
@@ -41,20 +42,6 @@ _FIRST_POLL_SECONDS = 0.005
 _LAST_POLL_SECONDS = 0.1
 
 
-class World(Protocol):
-    """What is asked of the world."""
-
-    @property
-    def pool(self) -> Pool | None:
-        """The ranks; None while there is no world."""
-        ...
-
-    @property
-    def loop(self) -> ServingLoop | None:
-        """Where requests are served; None while there is no world."""
-        ...
-
-
 class Stage(enum.Enum):
     """Which calls are due."""
 
@@ -70,7 +57,7 @@ _Step = Callable[[int], worker_pb2.WeightUpdateRequest]
 class WeightUpdates:
     """One update at a time; calls are taken one by one, in their order."""
 
-    def __init__(self, world: World, status: EngineStatus) -> None:
+    def __init__(self, world: ServedWorld, status: EngineStatus) -> None:
         self._world = world
         self._status = status
         self._lock = asyncio.Lock()
