@@ -17,7 +17,7 @@ from tests.cluster.apiserver import ApiServer, free_ports
 from tests.cluster.controllers import Controllers
 from tests.cluster.processes import Daemon
 from tpmodel_operator import crd
-from tpmodel_operator.kube import NODES, Json, Kube, Resource
+from tpmodel_operator.kube import MODELS, NODES, ApiError, Json, Kube, Resource
 from tpmodel_operator.metrics import Metrics
 
 PODS_PER_NODE = 200
@@ -156,9 +156,21 @@ async def prepare(kube: Kube, *, pods: int, namespaces: tuple[str, ...]) -> None
     for number in range(pods // PODS_PER_NODE + 1):
         await kube.create(NODES, "", _node(f"node-{number}"))
     while True:
-        if await _ready_nodes(kube) > pods // PODS_PER_NODE:
+        if await _ready_nodes(kube) > pods // PODS_PER_NODE and await _serves_models(kube, namespaces[0]):
             return
         await asyncio.sleep(0.5)
+
+
+async def _serves_models(kube: Kube, namespace: str) -> bool:
+    """Whether the API server knows TPModels by now: that comes a little after their definition."""
+    try:
+        async for _ in kube.list(MODELS, namespace):
+            pass
+    except ApiError as error:
+        if error.not_found:
+            return False
+        raise
+    return True
 
 
 async def _ready_nodes(kube: Kube) -> int:
