@@ -74,6 +74,27 @@ def test_gathers_and_broadcasts_of_any_dtype(processes: RankProcesses, world: di
     assert processes.run("gather_and_broadcast", 2, **world) == ["nccl"] * 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64"])
+def test_ranks_that_share_a_device_sum_through_gloo(
+    processes: RankProcesses, world: dict[str, Any], dtype: str
+) -> None:
+    """The sum in the order of the two ranks, as on CPU."""
+    assert processes.run("reduce_all", 2, dtype=dtype, counts=COUNTS, kind="gloo", **world) == ["gloo"] * 2
+
+
+def test_four_ranks_that_share_a_device_have_equal_sums(processes: RankProcesses, world: dict[str, Any]) -> None:
+    world |= {"kind": "gloo"}
+    processes.run("reduce_all", 4, dtype="float32", counts=COUNTS, exact=False, **world)
+    sums = processes.run("reduce_to_list", 4, dtype="bfloat16", count=1001, **(world | {"epoch": EPOCH + 1}))
+    assert all(other == sums[0] for other in sums)
+
+
+def test_ranks_that_share_a_device_gather_and_broadcast_any_dtype(
+    processes: RankProcesses, world: dict[str, Any]
+) -> None:
+    assert processes.run("gather_and_broadcast", 2, kind="gloo", **world) == ["gloo"] * 2
+
+
 @needs_two
 def test_abort_releases_a_rank_whose_peer_was_killed_and_the_next_epoch_is_right(
     processes: RankProcesses, world: dict[str, Any], tmp_path: Path

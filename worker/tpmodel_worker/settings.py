@@ -45,6 +45,8 @@ class ServeSettings:
     """0 is the leader pod, which has the engine and faces the clients."""
     device: Device = "cpu"
     communicator: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    share_devices: bool = False
+    """Whether ranks share CUDA devices where there are more of them; slow, for development."""
     respawn: Literal["cold", "fork", "spare"] = "fork"
     """How a rank's process comes about: cold by a new interpreter, fork from one that has imported torch, spare by
     promoting a process that was forked ahead and, on CUDA, has a context on every device of its pod."""

@@ -58,6 +58,9 @@ class ByteSize(click.ParamType):
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its start.")
 @click.option("--queue-limit", type=click.IntRange(min=1), default=1024, show_default=True, help="Waiting requests.")
 @click.option("--communicator", type=click.Choice(["auto", "shared_memory", "gloo", "nccl"]), default="auto")
+@click.option("--share-devices", is_flag=True,
+              help="More ranks than GPUs: let them share. For development: slow, all tensors that ranks exchange go "
+              "through host memory.")  # fmt: skip
 @click.option("--api-processes", type=click.IntRange(min=1, max=64), default=1, show_default=True)
 @click.option("--api-key", default=None, help="Clients must send it; default: $TPMODEL_API_KEY.")
 @click.option("--respawn", type=click.Choice(["cold", "fork", "spare"]), default="fork", show_default=True,
@@ -118,6 +121,7 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         world_size=options["tp"],
         device=device,
         communicator=options["communicator"],
+        share_devices=options["share_devices"],
         recovery_mode="InPlace" if options["recovery"] == "in-place" else "Restart",
         rebuild_wait=options["rebuild_wait"],
         rebuild_limit=options["rebuild_limit"],

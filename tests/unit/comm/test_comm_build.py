@@ -47,6 +47,7 @@ def arenas(tmp_path: Path) -> Iterator[ArenaClient]:
         ("auto", ("a", "b"), "cuda", "nccl"),
         ("auto", ("a", "a"), "cuda", "nccl"),
         ("gloo", ("a", "a"), "cpu", "gloo"),
+        ("gloo", ("a", "a"), "cuda", "gloo"),
         ("shared_memory", ("a", "a"), "cpu", "shared_memory"),
         ("nccl", ("a", "a"), "cuda", "nccl"),
         ("gloo", ("a",), "cpu", "single"),

@@ -187,6 +187,7 @@ def demand(**changes: int) -> KvDemand:
         "max_num_seqs": SLOTS,
         "max_model_len": 64,
         "activation_bytes": 0,
+        "weights_bytes": 0,
         "ranks_on_host": 1,
     }
     return KvDemand(**(numbers | changes))

@@ -32,6 +32,36 @@ def test_only_the_ranks_of_this_pod_need_devices(tmp_path: Path) -> None:
         check_devices(settings, {"ranks_per_pod": "--ranks-per-pod"}, count_devices=lambda: 1)
 
 
+def test_the_refusal_of_too_many_ranks_names_the_option_that_lets_them_share(tmp_path: Path) -> None:
+    """P2."""
+    settings = stand_in_settings(tmp_path, device="cuda", world_size=4)
+    with pytest.raises(ConfigurationError, match="2 CUDA devices here; --share-devices lets them share"):
+        check_options(settings, count_devices=lambda: 2)
+
+
+def test_no_option_lets_ranks_share_a_device_that_is_not_there(tmp_path: Path) -> None:
+    """P2."""
+    settings = stand_in_settings(tmp_path, device="cuda", world_size=2, share_devices=True)
+    with pytest.raises(ConfigurationError, match=r"--tp 2: more ranks than the 0 CUDA devices here$"):
+        check_options(settings, count_devices=lambda: 0)
+
+
+def test_ranks_that_share_a_device_talk_through_gloo(tmp_path: Path) -> None:
+    settings = stand_in_settings(tmp_path, device="cuda", world_size=4, share_devices=True)
+    assert check_options(settings, count_devices=lambda: 1).communicator == "gloo"
+
+
+def test_with_a_device_for_each_rank_sharing_changes_nothing(tmp_path: Path) -> None:
+    settings = stand_in_settings(tmp_path, device="cuda", world_size=4, share_devices=True)
+    assert check_options(settings, count_devices=lambda: 4).communicator == "auto"
+
+
+def test_nccl_between_ranks_that_share_a_device_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    settings = stand_in_settings(tmp_path, device="cuda", world_size=2, share_devices=True, communicator="nccl")
+    with pytest.raises(ConfigurationError, match=r"--communicator nccl: .*with --share-devices write .* gloo"):
+        check_options(settings, count_devices=lambda: 1)
+
+
 def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_devices(stand_in_settings(tmp_path, world_size=4096))

@@ -82,7 +82,7 @@ def _connect(
         case "gloo":
             from tpmodel_worker.comm.gloo import build_gloo
 
-            return build_gloo(spec, meeting=meeting)
+            return build_gloo(spec, meeting=meeting, device=device)
         case "nccl":
             from tpmodel_worker.comm.nccl import build_nccl
 

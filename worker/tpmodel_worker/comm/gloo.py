@@ -1,4 +1,7 @@
-"""Collectives among CPU ranks of different pods, through Gloo over TCP."""
+"""Collectives through Gloo over TCP: among CPU ranks of different pods, and among ranks that share a GPU.
+
+Tensors on a GPU go through host memory, which is slow. NCCL refuses two ranks on one GPU.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from tpmodel_worker.comm.torch_group import TorchGroup
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 _SUMMED_TYPES = (torch.float32, torch.float64, torch.int64, *_HALF_TYPES)
 _POLL_SECONDS = 0.01
+_CPU = torch.device("cpu")
 
 
 class GlooCommunicator(Communicator):
@@ -38,16 +42,17 @@ class GlooCommunicator(Communicator):
         rank: int,
         world_size: int,
         epoch: int,
+        device: torch.device,
         group: TorchGroup,
         connections: Connections,
         deadline_seconds: float,
     ) -> None:
-        """connections: the group's, to be cut when the epoch is aborted."""
+        """device: where the tensors lie. connections: the group's, to be cut when the epoch is aborted."""
         self.name = "gloo"
         self._connections = connections
         self.rank = rank
         self.world_size = world_size
-        self.device = torch.device("cpu")
+        self.device = device
         self._epoch = epoch
         self._deadline_seconds = deadline_seconds
         self._group: TorchGroup | None = group
@@ -62,7 +67,7 @@ class GlooCommunicator(Communicator):
             raise CollectiveArgumentError(f"can't sum {tensor.dtype}: expected one of {expected}")
         group = self._enter("all_reduce")
         # Gloo rounds half types after every addition; everywhere else they are rounded once.
-        summed = tensor.float() if tensor.dtype in _HALF_TYPES else tensor
+        summed = (tensor.float() if tensor.dtype in _HALF_TYPES else tensor).cpu()
         self._finish("all_reduce", group.allreduce([summed]))
         if summed is not tensor:
             tensor.copy_(summed)
@@ -70,14 +75,17 @@ class GlooCommunicator(Communicator):
     def _all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         group = self._enter("all_gather")
         gathered = torch.empty((self.world_size, *tensor.shape), dtype=tensor.dtype)
-        self._finish("all_gather", group.allgather([list(gathered.unbind(0))], [tensor]))
-        return gathered
+        self._finish("all_gather", group.allgather([list(gathered.unbind(0))], [tensor.cpu()]))
+        return gathered.to(self.device)
 
     def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
         group = self._enter("broadcast")
         options = BroadcastOptions()
         options.rootRank = root
-        self._finish("broadcast", group.broadcast([tensor], options))
+        staged = tensor.cpu()
+        self._finish("broadcast", group.broadcast([staged], options))
+        if staged is not tensor and self.rank != root:
+            tensor.copy_(staged)
 
     def abort(self, reason: str) -> None:
         """Releases the computing thread, and cuts the connections: what Gloo has in flight fails. Idempotent."""
@@ -131,8 +139,10 @@ class GlooCommunicator(Communicator):
             )
 
 
-def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting) -> GlooCommunicator:
+def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting, device: torch.device = _CPU) -> GlooCommunicator:
     """Connects to all ranks, and listens on the pod's own address only: Gloo asks nobody for a token.
+
+    device: where the tensors will lie.
 
     Raises:
         CommunicatorError: a rank could not be connected to.
@@ -153,6 +163,7 @@ def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting) -> GlooCommunicator:
         rank=spec.rank,
         world_size=spec.world_size,
         epoch=spec.epoch,
+        device=device,
         group=cast("TorchGroup", group),
         connections=connections,
         deadline_seconds=spec.deadline_seconds,

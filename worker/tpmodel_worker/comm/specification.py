@@ -27,7 +27,7 @@ class CommunicatorSpec:
     pods: Sequence[str]
     """Pod of every rank, by rank."""
     kind: str = "auto"
-    """auto, shared_memory, gloo or nccl."""
+    """auto, shared_memory, gloo or nccl. gloo takes tensors of a GPU through host memory: for ranks that share one."""
     address: str = ""
     """IP of this rank's pod: what a communicator listens on is reachable there only. Empty: where the way to the
     rendezvous begins."""
@@ -70,8 +70,6 @@ class CommunicatorSpec:
                     raise CommunicatorError(f"shared_memory is for cpu, the device is {device_type}")
                 return "shared_memory"
             case "gloo":
-                if device_type != "cpu":
-                    raise CommunicatorError(f"gloo is for cpu, the device is {device_type}")
                 return "gloo"
             case "nccl":
                 if device_type != "cuda":

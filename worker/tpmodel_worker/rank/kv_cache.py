@@ -90,7 +90,10 @@ class KvDemand:
     max_model_len: int
     activation_bytes: int
     """Of the device's free memory, left for activations."""
+    weights_bytes: int
     ranks_on_host: int
+    ranks_on_device: int = 1
+    """Those that share a CUDA device."""
 
 
 def available_blocks(shape: KvShape, demand: KvDemand, device: torch.device) -> int:
@@ -131,7 +134,7 @@ def _check_kv_cache_bytes(demand: KvDemand, device: torch.device, least: int, st
     """Refuses a size that no retry makes work; one that is only too large just now is found when it is allocated."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
-        most = total
+        most = total // demand.ranks_on_device
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         most = total // demand.ranks_on_host
@@ -145,8 +148,11 @@ def _check_kv_cache_bytes(demand: KvDemand, device: torch.device, least: int, st
 
 def _free_bytes(demand: KvDemand, device: torch.device) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if demand.ranks_on_device > 1:
+            # The others may not have loaded yet: each has its share of the device, and its weights in that.
+            free = min(free, total // demand.ranks_on_device - demand.weights_bytes)
         return max(0, int(_DEVICE_FRACTION * (free + cached)) - demand.activation_bytes)
     return int(min(_HOST_FRACTION * free_host_bytes(), _HOST_MOST_BYTES)) // demand.ranks_on_host
 

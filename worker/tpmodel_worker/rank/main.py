@@ -31,7 +31,7 @@ def run_rank(settings: ServeSettings, rank: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     logs.configure(f"rank {rank}", settings.log_format)
-    device = _device(settings, rank)
+    device, sharers = _device(settings, rank)
     arenas = ArenaClient(settings.rank_socket)
     threading.Thread(target=_end_with_supervisor, args=(arenas,), name="supervisor link", daemon=True).start()
     gate = EpochGate(epoch_floor(settings.attempt))
@@ -46,6 +46,7 @@ def run_rank(settings: ServeSettings, rank: int) -> None:
         status=status,
         address=settings.address,
         token=settings.token,
+        device_sharers=sharers,
     )
 
     # After the fork, and so in this function.
@@ -61,15 +62,17 @@ def run_rank(settings: ServeSettings, rank: int) -> None:
     server.stop()
 
 
-def _device(settings: ServeSettings, rank: int) -> torch.device:
+def _device(settings: ServeSettings, rank: int) -> tuple[torch.device, int]:
+    """The rank's device, and how many ranks of the pod have the same CUDA device."""
     if settings.device == "cpu":
-        return torch.device("cpu")
+        return torch.device("cpu"), 1
     devices = torch.cuda.device_count()
     if devices == 0:
         raise SystemExit(f"rank {rank}: device cuda was asked for, but torch finds no CUDA device")
-    device = torch.device("cuda", (rank - settings.ranks_here.start) % devices)
+    local = rank - settings.ranks_here.start
+    device = torch.device("cuda", local % devices)
     torch.cuda.set_device(device)
-    return device
+    return device, len(range(local % devices, len(settings.ranks_here), devices))
 
 
 def _end_with_supervisor(arenas: ArenaClient) -> None:

@@ -63,7 +63,9 @@ class _Shard:
 class ShardHolder:
     """At most one model shard and its KV cache. Used by the computing thread only."""
 
-    def __init__(self, *, rank: int, device: torch.device, arenas: ArenaClient) -> None:
+    def __init__(self, *, rank: int, device: torch.device, arenas: ArenaClient, device_sharers: int = 1) -> None:
+        """device_sharers: ranks that have the same CUDA device, this one included."""
+        self._device_sharers = device_sharers
         self._rank = rank
         self._device = device
         self._arenas = arenas
@@ -196,7 +198,9 @@ class ShardHolder:
             activation_bytes=_DEVICE_RESERVE_BYTES
             + request.max_num_batched_tokens * token_bytes
             + 4 * request.max_num_seqs * config.vocab_size * torch.float32.itemsize,
+            weights_bytes=loaded.bytes,
             ranks_on_host=ranks_on_host,
+            ranks_on_device=self._device_sharers,
         )
         return _Shard(identity=identity, loaded=loaded, config=config, kv_shape=shape, demand=demand, request=request)
 

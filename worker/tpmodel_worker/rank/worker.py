@@ -75,15 +75,19 @@ class Worker:
         status: StatusBoard,
         address: str = "",
         token: str = "",
+        device_sharers: int = 1,
     ) -> None:
-        """address: IP of this pod; "": whichever leads to the rendezvous. token: the gang's."""
+        """address: IP of this pod; "": whichever leads to the rendezvous. token: the gang's.
+
+        device_sharers: ranks that have the same CUDA device, this one included.
+        """
         self._rank = rank
         self._address = address
         self._device = device
         self._arenas = arenas
         self._gate = gate
         self._status = status
-        self._shard = ShardHolder(rank=rank, device=device, arenas=arenas)
+        self._shard = ShardHolder(rank=rank, device=device, arenas=arenas, device_sharers=device_sharers)
         self._updates = WeightUpdates(
             rank=rank,
             device=device,

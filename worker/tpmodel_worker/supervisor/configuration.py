@@ -26,12 +26,15 @@ SERVE_FLAGS: Flags = MappingProxyType(
         "communicator": "--communicator",
         "drain_timeout": "--drain-timeout",
         "device": "--device",
+        "share_devices": "--share-devices",
         "max_model_len": "--max-model-len",
     }
 )
 """Those of `tpmodel serve`."""
 
 _COMMUNICATORS = {"cpu": ("shared_memory", "gloo"), "cuda": ("nccl",)}
+# NCCL refuses two ranks on one GPU.
+_SHARED_DEVICES = "gloo"
 _LEAST_CONTEXT = 2
 """Tokens: one of a prompt and one of an answer."""
 
@@ -42,8 +45,10 @@ class ConfigurationError(Exception):
     """The settings cannot work; the message names option and values."""
 
 
-def check_options(settings: ServeSettings, flags: Flags = SERVE_FLAGS) -> ServeSettings:
-    """Checks what needs no model; the settings with what the terminal decides filled in.
+def check_options(
+    settings: ServeSettings, flags: Flags = SERVE_FLAGS, *, count_devices: Callable[[], int] | None = None
+) -> ServeSettings:
+    """Checks what needs no model; the settings with what terminal and devices decide filled in.
 
     Raises:
         ConfigurationError: no retry helps.
@@ -55,7 +60,8 @@ def check_options(settings: ServeSettings, flags: Flags = SERVE_FLAGS) -> ServeS
     if not 0 <= settings.drain_timeout < math.inf:
         raise ConfigurationError(f"{flags['drain_timeout']} {settings.drain_timeout}: a number of seconds is needed")
     _check_communicator(settings, flags)
-    check_devices(settings, flags)
+    if check_devices(settings, flags, count_devices=count_devices):
+        settings = _share_devices(settings, flags)
     log_format = settings.log_format
     if log_format == "auto":
         # Decided here, since the other processes write to pipes.
@@ -84,6 +90,8 @@ def check_model(settings: ServeSettings, flags: Flags = SERVE_FLAGS) -> ServeSet
 def _check_communicator(settings: ServeSettings, flags: Flags) -> None:
     chosen, flag = settings.communicator, flags["communicator"]
     works = _COMMUNICATORS[settings.device]
+    if settings.device == "cuda" and settings.share_devices:
+        works = (*works, _SHARED_DEVICES)
     if settings.pods > 1:
         works = tuple(name for name in works if name != "shared_memory")
     if chosen not in ("auto", *works):
@@ -94,18 +102,38 @@ def _check_communicator(settings: ServeSettings, flags: Flags) -> None:
 
 def check_devices(
     settings: ServeSettings, flags: Flags = SERVE_FLAGS, *, count_devices: Callable[[], int] | None = None
-) -> None:
-    """Raises ConfigurationError when there are more ranks than CUDA devices; warns of more ranks than cores."""
+) -> bool:
+    """Whether ranks have to share CUDA devices; warns of more ranks than cores.
+
+    Raises:
+        ConfigurationError: there are more ranks than CUDA devices, and sharing them was not asked for.
+    """
     ranks = len(settings.ranks_here)
     if settings.device == "cpu":
         cores = linux.available_cores()
         if ranks > cores:
             _log.warning("%d ranks share %d cores: they will wait for each other", ranks, cores)
-        return
+        return False
     devices = (count_devices or count_cuda_devices)()
-    if ranks > devices:
-        flag = flags["ranks_per_pod" if settings.pods > 1 else "world_size"]
-        raise ConfigurationError(f"{flag} {ranks}: more ranks than the {devices} CUDA devices here")
+    if ranks <= devices:
+        return False
+    if settings.share_devices and devices > 0:
+        return True
+    flag = flags["ranks_per_pod" if settings.pods > 1 else "world_size"]
+    message = f"{flag} {ranks}: more ranks than the {devices} CUDA devices here"
+    if devices > 0 and "share_devices" in flags:
+        message += f"; {flags['share_devices']} lets them share (slow, for development)"
+    raise ConfigurationError(message)
+
+
+def _share_devices(settings: ServeSettings, flags: Flags) -> ServeSettings:
+    if settings.communicator not in ("auto", _SHARED_DEVICES):
+        flag, sharing = flags["communicator"], flags["share_devices"]
+        raise ConfigurationError(
+            f"{flag} {settings.communicator}: it takes one rank on a GPU; with {sharing} write {flag} {_SHARED_DEVICES}"
+        )
+    _log.warning("ranks share CUDA devices, and all they exchange goes through host memory: this is slow")
+    return dataclasses.replace(settings, communicator=_SHARED_DEVICES)
 
 
 def count_cuda_devices() -> int:
