@@ -67,6 +67,16 @@ def _inconsistent(model: TPModel) -> Iterator[Refusal]:
         defaults.model_location(spec.model.uri)
     except ValueError as error:
         yield Refusal(reason="UnknownModelSource", message=f"spec.model.uri: {error}")
+    try:
+        updates = defaults.updates_location(spec)
+    except ValueError:
+        updates = None
+    if spec.weight_updates.persist_updates and (updates is None or updates.scheme not in ("pvc", "file")):
+        yield Refusal(
+            reason="UnknownUpdatesVolume",
+            message=f"spec.weightUpdates.persistUpdates: {spec.weight_updates.persist_updates!r} is no volume: write "
+            "pvc://claim/path or file:///path",
+        )
     if spec.tensor_parallel_size % defaults.ranks_per_pod(spec):
         yield Refusal(
             reason="NotDivisible",
@@ -86,6 +96,9 @@ def _host_paths(spec: TPModelSpec, allowed: tuple[str, ...]) -> Iterator[Refusal
         yield from _host_path("spec.model.uri", location.path, allowed)
     if spec.cache.type == "hostPath":
         yield from _host_path("spec.cache.path", spec.cache.path, allowed)
+    updates = defaults.updates_location(spec)
+    if updates is not None and updates.scheme == "file":
+        yield from _host_path("spec.weightUpdates.persistUpdates", updates.path, allowed)
 
 
 def _host_path(field: str, path: str, allowed: tuple[str, ...]) -> Iterator[Refusal]:
@@ -153,7 +166,7 @@ def _claims(spec: TPModelSpec, volumes: Mapping[str, tuple[str, ...]]) -> Iterat
             yield Refusal(
                 reason="ClaimNotFound",
                 message=f"PersistentVolumeClaim {claim!r} does not exist in this namespace: create it, or correct its "
-                "name in spec.model.uri or spec.cache.claimName",
+                "name in spec.model.uri, spec.cache.claimName or spec.weightUpdates.persistUpdates",
                 transient=True,
             )
             continue
@@ -170,12 +183,12 @@ def _access(spec: TPModelSpec, claim: str, modes: frozenset[str]) -> Iterator[Re
             "claim with access mode ReadWriteMany (or ReadOnlyMany for a model), or make it one pod: replicas 1, "
             "rollout.maxSurge 0, and ranksPerPod equal to tensorParallelSize",
         )
-    is_cache = spec.cache.type == "pvc" and spec.cache.claim_name == claim
-    if is_cache and not modes & (WRITABLE if pods <= 1 else {"ReadWriteMany"}):
+    field = defaults.written_claims(spec).get(claim)
+    if field is not None and not modes & (WRITABLE if pods <= 1 else {"ReadWriteMany"}):
         needed = "ReadWriteMany" if pods > 1 else "ReadWriteOnce or ReadWriteMany"
         yield Refusal(
             reason="ClaimNotWritable",
-            message=f"PersistentVolumeClaim {claim!r} is {_listed(modes)}, but pods write into spec.cache: use a claim "
+            message=f"PersistentVolumeClaim {claim!r} is {_listed(modes)}, but pods write into {field}: use a claim "
             f"with access mode {needed}",
         )
 

@@ -31,17 +31,19 @@ class EnsureGang:
     attempt: int
     rebuild: int = 0
     model_revision: str = ""
+    weights_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteAttempt:
-    """The gang's ConfigMap says at least this attempt and this many rebuilds, which are never lowered, and the commit,
-    where it is known."""
+    """The gang's ConfigMap says at least this attempt, this many rebuilds and this version of the weights, which are
+    never lowered, and the commit, where it is known."""
 
     gang: str
     attempt: int
     rebuild: int = 0
     model_revision: str = ""
+    weights_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from tpmodel_operator.api_status import (
     TPModelStatus,
 )
 from tpmodel_operator.api_types import FreeForm, Model, SecretKey
+from tpmodel_operator.api_weights import WeightUpdates
 
 GROUP = "tpmodel.dev"
 VERSION = "v1alpha1"
@@ -94,4 +95,5 @@ __all__ = [
     "TPModel",
     "TPModelSpec",
     "TPModelStatus",
+    "WeightUpdates",
 ]

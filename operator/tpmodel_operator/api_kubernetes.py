@@ -25,7 +25,7 @@ VOLUME_SOURCES = (
 )
 """What Pod Security `restricted` allows; none reaches into the node's own files."""
 
-RESERVED_PATHS = ("/model", "/cache", "/run/tpmodel", "/dev/shm", "/tmp", "/etc/tpmodel")  # noqa: S108
+RESERVED_PATHS = ("/model", "/cache", "/run/tpmodel", "/dev/shm", "/tmp", "/etc/tpmodel", "/persisted-updates")  # noqa: S108
 """Where the worker's own volumes are mounted."""
 
 RESERVED_VOLUMES = (
@@ -38,6 +38,7 @@ RESERVED_VOLUMES = (
     "token",
     "api-key",
     "tls",
+    "persisted-updates",
 )
 """Names of the worker's own volumes."""
 

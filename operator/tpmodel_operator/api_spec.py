@@ -30,6 +30,7 @@ from tpmodel_operator.api_types import (
     keyed_by,
     must,
 )
+from tpmodel_operator.api_weights import WeightUpdates
 
 ImageReference = Annotated[
     str,
@@ -222,6 +223,10 @@ class Auth(Model):
     tls_secret_name: OptionalName = ""
     """A Secret of type kubernetes.io/tls: the client ports, gRPC and HTTP, then speak TLS; a renewed certificate is
     taken up while they serve. Left out: plain text inside the cluster's network."""
+    trainer_token: SecretKey | None = None
+    """Secret key with the token that trainers of live weight updates present. It is the secret of all gangs of this
+    TPModel, so whoever has it may command their ranks. Left out: each gang has a token of its own, which nobody is
+    told. Changing it is a rollout."""
 
 
 class PodTemplate(Model):
@@ -285,5 +290,7 @@ class TPModelSpec(Model):
     """The Services that clients use."""
     auth: Auth = Auth()
     """Secrets that clients and processes use."""
+    weight_updates: WeightUpdates = WeightUpdates()
+    """New weights from a trainer, while the gangs serve; it needs auth.trainerToken."""
     pod_template: PodTemplate = PodTemplate()
     """All that may be added to the pods."""

@@ -16,7 +16,7 @@ class Condition(StatusModel):
     """A metav1.Condition."""
 
     type: StatusText
-    """Accepted, Ready, Progressing, Degraded, Stalled, UpgradeAvailable, Advice or Reconciling."""
+    """Accepted, Ready, Progressing, Degraded, Stalled, UpgradeAvailable, WeightsReady, Advice or Reconciling."""
     status: Literal["True", "False", "Unknown"]
     """Whether the condition holds."""
     reason: StatusText
@@ -191,6 +191,15 @@ class GangStatus(StatusModel):
     """The resolved image that it was made with."""
     model_revision: StatusText = ""
     """The commit that its pods use, of a model from a hub."""
+    weights_version: int | None = None
+    """The version of the weights that it serves, as its leader reports it; 0: the checkpoint. Absent: none, or not
+    known."""
+    weights_committed: int = 0
+    """The last version that it has committed, or that it was made to have; its pods read it when they start."""
+    weights_condition: StatusText = ""
+    """Why it serves no weights, as its leader reports it: WeightsUpdating, WeightsIncomplete or WeightsLost."""
+    weights_message: StatusText = ""
+    """The same in words, and what to do."""
     deadline_missed: bool = False
     """Whether it has missed the formation deadline and has not been Ready since."""
 
@@ -203,7 +212,8 @@ class TPModelStatus(StatusModel):
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=keyed_by("type"))] = []
     """Accepted: the spec can be served. Ready: enough gangs take requests. Progressing: gangs are being made or
     replaced. Degraded: fewer gangs than wanted serve. Stalled: nothing will change without a change of the spec.
-    UpgradeAvailable: the operator's default image is newer than the one in use. Advice: there only where no node
+    UpgradeAvailable: the operator's default image is newer than the one in use. WeightsReady: there only where weights
+    were updated: all gangs serve the same version. Advice: there only where no node
     could hold a pod, with the value to write. Reconciling: there only while Progressing is True, for tools that know
     it from elsewhere."""
     replicas: int = 0
@@ -228,6 +238,16 @@ class TPModelStatus(StatusModel):
     """The value of the annotation tpmodel.dev/rebuild that gangs were last told of."""
     url: StatusText = ""
     """What gRPC clients in the cluster dial."""
+    trainers_url: StatusText = ""
+    """What trainers of live weight updates dial, where auth.trainerToken lets them."""
+    weights_version: int | None = None
+    """The version of the weights, where all gangs serve the same; 0: the checkpoint."""
+    weights_newest: int = 0
+    """The newest version that a gang has committed: gangs that are made from now on are to have it."""
+    weights_source: StatusText = ""
+    """Hash of the checkpoint that the versions count from: with another one they count from 0 again."""
+    weights_reset: StatusText = ""
+    """The value of the annotation tpmodel.dev/reset-weights that gangs were last made with."""
     state: StatusText = ""
     """One word for the STATUS column."""
     gangs: Annotated[list[GangStatus], Field(max_length=4096, json_schema_extra=keyed_by("name"))] = []

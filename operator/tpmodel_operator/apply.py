@@ -107,7 +107,12 @@ class Applier:
     async def _write_attempt(self, observed: Observed, action: WriteAttempt) -> None:
         record = _record(observed, action.gang)
         if record is not None:
-            orders = Orders(attempt=action.attempt, rebuild=action.rebuild, model_revision=action.model_revision)
+            orders = Orders(
+                attempt=action.attempt,
+                rebuild=action.rebuild,
+                model_revision=action.model_revision,
+                weights_version=action.weights_version,
+            )
             body = configmap.build(observed.model, of_gang(record, orders))
             await self._attempts.ensure(observed.model, owned_by(record.name, record.uid, body))
 

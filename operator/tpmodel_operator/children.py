@@ -18,6 +18,7 @@ def of_gang(record: StatefulSetRecord, orders: Orders | None = None) -> EnsureGa
         attempt=told.attempt,
         rebuild=told.rebuild,
         model_revision=told.model_revision,
+        weights_version=told.weights_version,
     )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from tpmodel_operator import clock, names
+from tpmodel_operator import clock, names, weights
 from tpmodel_operator.acceptance import Refusal
 from tpmodel_operator.api import Condition, GangStatus
+from tpmodel_operator.weights import NO_WEIGHTS, Weights
 
 ACCEPTED = "Accepted"
 READY = "Ready"
@@ -20,10 +21,17 @@ PROGRESSING = "Progressing"
 DEGRADED = "Degraded"
 STALLED = "Stalled"
 UPGRADE_AVAILABLE = "UpgradeAvailable"
+WEIGHTS_READY = "WeightsReady"
 ADVICE = "Advice"
 RECONCILING = "Reconciling"
 
 LEAVING_PHASE = "Draining"
+
+WEIGHTS_GRAVITY = ("", weights.UPDATING, weights.INCOMPLETE, weights.LOST)
+WEIGHTS_REMEDY = (
+    "have a trainer send a full set, or go back to the checkpoint with a new value of the annotation "
+    f"{names.RESET_WEIGHTS_ANNOTATION}"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,7 @@ class Situation:
     advice: str = ""
     model_revision: str = ""
     rebuild_requested: str = ""
+    weights: Weights = NO_WEIGHTS
 
     @property
     def ready(self) -> int:
@@ -89,6 +98,8 @@ def findings(situation: Situation) -> Iterator[Finding]:
     yield _degraded(situation)
     yield _stalled(situation)
     yield _upgrade(situation)
+    if (weights := _weights(situation)) is not None:
+        yield weights
     if situation.advice:
         yield Finding(ADVICE, True, "NodesTooSmall", situation.advice)
     if progressing.holds:
@@ -179,6 +190,27 @@ def _upgrade(situation: Situation) -> Finding:
     )
 
 
+def _weights(situation: Situation) -> Finding | None:
+    """Nothing where all gangs are at the checkpoint, as where nobody ever sends weights."""
+    gangs = situation.gangs
+    without = [gang for gang in gangs if gang.weights_condition]
+    if without:
+        gravest = max((gang.weights_condition for gang in without), key=WEIGHTS_GRAVITY.index)
+        told = "; ".join(f"{gang.name}: {gang.weights_condition}: {gang.weights_message}" for gang in without[:10])
+        remedy = f"; {WEIGHTS_REMEDY}" if gravest != weights.UPDATING else ""
+        return Finding(WEIGHTS_READY, False, gravest, told + remedy)
+    if not (situation.weights.newest or any(gang.weights_version for gang in gangs)):
+        return None
+    if (version := weights.all_serve(gangs)) is not None:
+        return Finding(WEIGHTS_READY, True, "VersionServed", f"all gangs serve version {version}")
+    versions = ", ".join(f"{gang.name} serves {_version(gang)}" for gang in gangs[:10])
+    return Finding(WEIGHTS_READY, False, "VersionsDiffer", versions or "no gang serves")
+
+
+def _version(gang: GangStatus) -> str:
+    return "none" if gang.weights_version is None or not gang.ready else f"version {gang.weights_version}"
+
+
 def _why_stuck(gang: GangStatus) -> str:
     if gang.failure is None:
         cause = gang.last_restart.message if gang.last_restart is not None else ""
@@ -196,4 +228,6 @@ def _why(gang: GangStatus) -> str:
         return f" ({gang.failure.message})"
     if gang.restart is not None:
         return f" ({gang.restart.message})"
+    if gang.weights_condition:
+        return f" ({gang.weights_condition}: {gang.weights_message})"
     return ""

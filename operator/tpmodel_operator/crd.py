@@ -184,6 +184,7 @@ def _columns() -> list[dict[str, Any]]:
         column("URL", ".status.url", "string", "What gRPC clients in the cluster dial."),
         column("Age", ".metadata.creationTimestamp", "date", "When it was created."),
         column("Image", ".status.image", "string", "The worker image in use.", wide=True),
+        column("Weights", ".status.weightsVersion", "integer", "Version, where all gangs serve the same.", wide=True),
         column("Revision", ".status.revision", "string", "Hash of the newest spec and image.", wide=True),
     ]
 

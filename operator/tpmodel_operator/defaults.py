@@ -86,10 +86,21 @@ def served_name(spec: TPModelSpec) -> str:
     return location.path.rpartition("/")[2] or location.name
 
 
+def updates_location(spec: TPModelSpec) -> ModelLocation | None:
+    """Where committed weights are kept, a pvc or a file; None: nowhere."""
+    uri = spec.weight_updates.persist_updates
+    return model_location(uri) if uri else None
+
+
 def claims(spec: TPModelSpec) -> tuple[str, ...]:
-    """The PersistentVolumeClaims that all pods mount: the model's and the cache's."""
-    names = [spec.cache.claim_name] if spec.cache.type == "pvc" else []
+    """The PersistentVolumeClaims that all pods mount: the model's, and those that they write into."""
     location = model_location(spec.model.uri)
-    if location.scheme == "pvc":
-        names.insert(0, location.name)
-    return tuple(dict.fromkeys(names))
+    model = [location.name] if location.scheme == "pvc" else []
+    return tuple(dict.fromkeys([*model, *written_claims(spec)]))
+
+
+def written_claims(spec: TPModelSpec) -> dict[str, str]:
+    """The PersistentVolumeClaims that pods write into, and the field that names each."""
+    updates = updates_location(spec)
+    found = {updates.name: "spec.weightUpdates.persistUpdates"} if updates and updates.scheme == "pvc" else {}
+    return found | ({spec.cache.claim_name: "spec.cache"} if spec.cache.type == "pvc" else {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from tpmodel_operator import chronicle, conditions, names
+from tpmodel_operator import chronicle, conditions, names, weights
 from tpmodel_operator.actions import Event
 from tpmodel_operator.api import Condition, GangStatus, TPModelSpec, TPModelStatus
 
@@ -98,6 +98,7 @@ def _of_gang(was: GangStatus, gang: GangStatus) -> Iterator[Event]:
             f"gang {gang.name} has a new world, epoch {rebuild.epoch}, {rebuild.milliseconds} ms after the fault was "
             f"seen ({rebuild.kind}); {rebuild.replayed_requests} requests went on",
         )
+    yield from _of_weights(was, gang)
     restart = gang.last_restart
     if restart is not None and (was.last_restart is None or was.last_restart.attempt != restart.attempt):
         wait = f", not before {gang.restart.not_before}" if gang.restart is not None and gang.restart.not_before else ""
@@ -116,6 +117,14 @@ def _of_gang(was: GangStatus, gang: GangStatus) -> Iterator[Event]:
         yield _normal("GangReady", f"gang {gang.name} takes requests, attempt {gang.attempt}")
     if was.ready and not gang.ready:
         yield _warning("GangNotReady", f"gang {gang.name} takes no requests, it is {gang.phase}")
+
+
+def _of_weights(was: GangStatus, gang: GangStatus) -> Iterator[Event]:
+    if gang.weights_version and gang.weights_version != was.weights_version:
+        yield _normal("WeightsCommitted", f"gang {gang.name} serves version {gang.weights_version} of the weights")
+    condition = gang.weights_condition
+    if condition in (weights.INCOMPLETE, weights.LOST) and condition != was.weights_condition:
+        yield _warning(condition, f"gang {gang.name}: {gang.weights_message}; {conditions.WEIGHTS_REMEDY}")
 
 
 def _condition(status: TPModelStatus, kind: str) -> Condition | None:

@@ -231,9 +231,15 @@ def _drains(gang: Gang, around: Circumstances) -> bool:
 
 
 def _leader_deadline(gang: Gang, around: Circumstances) -> datetime | None:
-    """None while a pod is made again, or loads for the first time: that is forming, which has deadlines of its own."""
+    """None while a pod is made again, or loads for the first time: that is forming, which has deadlines of its own. And
+    while the leader says that its weights keep it from serving: a restart would only lose what is left of them."""
     since = clock.moment(gang.status.not_ready_since)
-    if since is None or gang.status.incomplete_since or any(_is_new(pod, gang, since) for pod in gang.pods):
+    if (
+        since is None
+        or gang.status.weights_condition
+        or gang.status.incomplete_since
+        or any(_is_new(pod, gang, since) for pod in gang.pods)
+    ):
         return None
     return clock.later(since, around.recovery.deadline + LEADER_PATIENCE)
 

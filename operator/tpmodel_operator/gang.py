@@ -23,6 +23,7 @@ from tpmodel_operator import (
     rebuilds,
     rollout,
     status,
+    weights,
 )
 from tpmodel_operator.actions import Action, Decision, DeleteGang, EnsureGang, EnsureModelChildren
 from tpmodel_operator.api import GangStatus, TPModel
@@ -33,6 +34,7 @@ from tpmodel_operator.images import Target
 from tpmodel_operator.observed import Observed, Orders
 from tpmodel_operator.restarts import Judged
 from tpmodel_operator.settings import OperatorSettings
+from tpmodel_operator.weights import Weights
 
 LOOK_AGAIN_AT_REFUSAL = 30.0
 """Seconds: claims are not watched."""
@@ -47,6 +49,9 @@ def decide(observed: Observed, settings: OperatorSettings) -> Decision:
     gangs = [gang for gang in collect(observed) if gang.existence is not Existence.GONE]
     commits = model_revision.known(model.status, gangs)
     gangs = [rebuilds.asked(model_revision.given(gang, commits), model) for gang in gangs]
+    gangs = [weights.reported(gang, observed.now) for gang in gangs]
+    wanted = weights.wanted(model, gangs)
+    gangs = [weights.told(gang, wanted, model) for gang in gangs]
     turns = [Turn(gang, life.judge(gang, around)) for gang in gangs]
     refusal = acceptance.review(model, volumes=observed.volumes, settings=settings) or _conflict(observed)
     if refusal is not None:
@@ -54,7 +59,7 @@ def decide(observed: Observed, settings: OperatorSettings) -> Decision:
     target = images.resolve(model, gangs, settings.default_image)
     if not target.image:
         return _refused(model, NO_IMAGE, turns, observed.now)
-    return _accepted(observed, target, turns, around, commits)
+    return _accepted(observed, target, turns, around, commits, wanted)
 
 
 NO_IMAGE = acceptance.Refusal(
@@ -102,6 +107,7 @@ def _refused(model: TPModel, refusal: acceptance.Refusal, turns: list[Turn], now
         refusal=refusal,
         model_revision=model.status.model_revision,
         rebuild_requested=rebuilds.request(model),
+        weights=weights.remembered(model),
     )
     decision = _decision(model, situation, turns, (), now)
     if not refusal.transient:
@@ -110,7 +116,12 @@ def _refused(model: TPModel, refusal: acceptance.Refusal, turns: list[Turn], now
 
 
 def _accepted(
-    observed: Observed, target: Target, turns: list[Turn], around: Circumstances, commits: Mapping[str, str]
+    observed: Observed,
+    target: Target,
+    turns: list[Turn],
+    around: Circumstances,
+    commits: Mapping[str, str],
+    wanted: Weights,
 ) -> Decision:
     model = observed.model
     commit = commits.get(target.revision, "")
@@ -120,7 +131,7 @@ def _accepted(
     )
     turns = [_removed(turn, around) if turn.gang.name in plan.remove else turn for turn in turns]
     turns = [turn for turn in turns if turn.gang.existence is not Existence.GONE]
-    turns += [_created(model, index, target, commit, observed.orders) for index in plan.create]
+    turns += [_created(model, index, target, commit, wanted, observed.orders) for index in plan.create]
     situation = Situation(
         wanted=model.spec.replicas,
         revision=target.revision,
@@ -129,6 +140,7 @@ def _accepted(
         advice=advice.about_nodes(model.spec, observed.largest_node),
         model_revision=commit,
         rebuild_requested=rebuilds.request(model),
+        weights=wanted,
         gangs=tuple(turn.status for turn in turns if not turn.leaving),
         leaving=sum(turn.leaving for turn in turns),
     )
@@ -161,7 +173,9 @@ def _removed(turn: Turn, around: Circumstances) -> Turn:
     return Turn(leaving, life.leave(leaving, around))
 
 
-def _created(model: TPModel, index: int, target: Target, commit: str, orders: Mapping[str, Orders]) -> Turn:
+def _created(
+    model: TPModel, index: int, target: Target, commit: str, wanted: Weights, orders: Mapping[str, Orders]
+) -> Turn:
     """A ConfigMap of that name says that the gang exists after all, unseen: it is taken up at its attempt."""
     name = names.gang_name(model.name, index, target.revision)
     known = orders.get(name)
@@ -172,6 +186,7 @@ def _created(model: TPModel, index: int, target: Target, commit: str, orders: Ma
         image=target.image,
         attempt=known.attempt if known is not None else 1,
         model_revision=commit,
+        weights_committed=wanted.newest,
     )
     planned = Gang(
         status=gang,
@@ -200,6 +215,7 @@ def _of_set(turns: list[Turn], target: Target) -> list[Action]:
             image=target.image,
             attempt=turn.status.attempt,
             model_revision=turn.status.model_revision,
+            weights_version=turn.status.weights_committed,
         )
         for turn in turns
         if turn.gang.existence is Existence.PLANNED

@@ -139,6 +139,9 @@ def report_of(gang: str, answer: worker_pb2.GangStatusResponse, now: datetime) -
         model_revision=answer.model_revision,
         faults=tuple(map(_fault, engine.last_faults)),
         rebuilds=tuple(map(_rebuild, engine.last_rebuilds)),
+        weights_version=engine.weight_version,
+        weights_condition=engine.weights_condition,
+        weights_message=engine.weights_message,
     )
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from enum import Enum
 
-from tpmodel_operator import names
+from tpmodel_operator import clock, names
 from tpmodel_operator.actions import WriteAttempt
 from tpmodel_operator.api import GangStatus
 from tpmodel_operator.observed import GangReport, Observed, Orders, PodRecord, StatefulSetRecord
@@ -136,12 +136,18 @@ def _as_told(orders: Orders) -> dict[str, object]:
         "attempt": orders.attempt,
         "rebuilds_requested": orders.rebuild,
         "model_revision": orders.model_revision,
+        "weights_committed": orders.weights_version,
     }
 
 
 def orders_of(status: GangStatus) -> Orders:
     """What a gang's pods are to be told."""
-    return Orders(attempt=status.attempt, rebuild=status.rebuilds_requested, model_revision=status.model_revision)
+    return Orders(
+        attempt=status.attempt,
+        rebuild=status.rebuilds_requested,
+        model_revision=status.model_revision,
+        weights_version=status.weights_committed,
+    )
 
 
 def told(status: GangStatus) -> WriteAttempt:
@@ -151,4 +157,11 @@ def told(status: GangStatus) -> WriteAttempt:
         attempt=status.attempt,
         rebuild=status.rebuilds_requested,
         model_revision=status.model_revision,
+        weights_version=status.weights_committed,
     )
+
+
+def is_current(report: GangReport, status: GangStatus) -> bool:
+    """Whether the answer came from the gang's present attempt."""
+    decided = clock.moment(status.last_restart.time) if status.last_restart is not None else None
+    return status.restart is None and (decided is None or report.time > decided)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Set
 
+from tpmodel_operator import names
 from tpmodel_operator.actions import EnsureModelChildren
 from tpmodel_operator.api import TPModel
 from tpmodel_operator.kube import (
@@ -51,6 +52,9 @@ class LastingChildren:
         calls = [self.ensure(model, child) for child in children]
         if wanted.disruptable_pods is None:
             calls.append(self._remove(model, DISRUPTION_BUDGETS, model.name))
+        trainers = names.trainers_service(model.name)
+        if model.spec.auth.trainer_token is None and self._was_made(model, (SERVICES.kind, trainers)):
+            calls.append(self._remove(model, SERVICES, trainers))
         await all_of(calls)
 
     async def ensure(self, model: TPModel, body: Json) -> None:
@@ -83,6 +87,11 @@ class LastingChildren:
             return
         if is_own(item, model):
             await self._kube.discard(resource, model.namespace, name, uid=item["metadata"]["uid"])
+
+    def _was_made(self, model: TPModel, child: Child) -> bool:
+        """Whether this process has made it, or status says that one before has: else nothing needs to be asked."""
+        applied, _ = self._applied.get(model.uid, {}).get(child, ("", 0.0))
+        return bool(model.status.trainers_url) or applied not in ("", NONE_WANTED)
 
     def _is_due(self, model: TPModel, child: Child, digest: str) -> bool:
         applied, at = self._applied.get(model.uid, {}).get(child, ("", 0.0))

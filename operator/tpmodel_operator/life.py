@@ -11,8 +11,8 @@ from tpmodel_operator.actions import Action
 from tpmodel_operator.api import Failure, GangPod, GangStatus, HandledEnd
 from tpmodel_operator.circumstances import Circumstances
 from tpmodel_operator.faults import Answer, Fault
-from tpmodel_operator.gangs import Existence, Gang, told
-from tpmodel_operator.observed import GangReport, PodRecord
+from tpmodel_operator.gangs import Existence, Gang, is_current, told
+from tpmodel_operator.observed import PodRecord
 from tpmodel_operator.restarts import Judged
 
 Phase = Literal["Pending", "Forming", "Loading", "Serving", "Rebuilding", "Draining", "Restarting", "Failed"]
@@ -166,15 +166,10 @@ def _described(gang: Gang, judged: Judged) -> Judged:
     """With what is shown only."""
     shown: dict[str, object] = {"pods": _seen(gang.pods), "phase": _phase(gang, judged.status)}
     report = gang.report
-    if report is not None and _is_of_this_attempt(report, judged.status):
+    if report is not None and is_current(report, judged.status):
         shown |= {"epoch": report.epoch, "ready_ranks": report.ready_ranks, "load_percent": report.load_percent}
         shown |= chronicle.continued(judged.status, report)
     return replace(judged, status=judged.status.model_copy(update=shown))
-
-
-def _is_of_this_attempt(report: GangReport, status: GangStatus) -> bool:
-    decided = clock.moment(status.last_restart.time) if status.last_restart is not None else None
-    return status.restart is None and (decided is None or report.time > decided)
 
 
 def _phase(gang: Gang, status: GangStatus) -> Phase:

@@ -18,6 +18,10 @@ TAKE_IMAGE_ANNOTATION = "tpmodel.dev/take-default-image"
 """On a TPModel: set to the operator's default image, it takes it."""
 REBUILD_ANNOTATION = "tpmodel.dev/rebuild"
 """On a TPModel: each new value has every gang build a new world, once."""
+RESET_WEIGHTS_ANNOTATION = "tpmodel.dev/reset-weights"
+"""On a TPModel: each new value is a rollout whose gangs begin with the checkpoint."""
+WEIGHTS_SOURCE_ANNOTATION = "tpmodel.dev/weights-source"
+"""On a gang's StatefulSet: which checkpoint the versions of its weights count from."""
 WATCH_SELECTOR = f"{MANAGED_BY}={MANAGED_BY_VALUE}"
 
 CONTAINER = "worker"
@@ -35,6 +39,7 @@ TOKEN_KEY = "token"  # noqa: S105 - the name of a key
 ATTEMPT_KEY = "attempt"
 REBUILD_KEY = "rebuild"
 MODEL_REVISION_KEY = "model-revision"
+WEIGHTS_VERSION_KEY = "weights-version"
 
 
 def gang_name(model: str, index: int, revision: str) -> str:
@@ -51,7 +56,7 @@ def gang_of_name(model: str, gang: str) -> tuple[int, str]:
 
 
 def attempt_config_map(gang: str) -> str:
-    """The ConfigMap that holds what a gang's pods are told: ATTEMPT_KEY, REBUILD_KEY and MODEL_REVISION_KEY."""
+    """The ConfigMap that holds what a gang's pods are told, under the keys above but for the token's."""
     return f"{gang}-attempt"
 
 
@@ -70,6 +75,11 @@ def leaders_service(model: str) -> str:
     return f"{model}-leaders"
 
 
+def trainers_service(model: str) -> str:
+    """The headless Service of all leader pods, ready or not, for trainers."""
+    return f"{model}-trainers"
+
+
 def client_service(model: str) -> str:
     """The ClusterIP Service of the ready leader pods."""
     return model
@@ -83,6 +93,11 @@ def leader_host(model: str, gang: str, namespace: str) -> str:
 def url(model: str, namespace: str) -> str:
     """What clients dial."""
     return f"dns:///{leaders_service(model)}.{namespace}.svc:{INFERENCE_PORT}"
+
+
+def trainers_url(model: str, namespace: str) -> str:
+    """What trainers dial."""
+    return f"dns:///{trainers_service(model)}.{namespace}.svc:{CONTROL_PORT}"
 
 
 def model_labels(model: str) -> dict[str, str]:

@@ -63,6 +63,8 @@ class StatefulSetRecord:
     image: str
     created: datetime
     deleting: bool = False
+    weights_source: str = ""
+    """Which checkpoint its versions count from; empty: an earlier operator has made it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,8 @@ class Orders:
     """How often its user has asked for a new world."""
     model_revision: str = ""
     """The commit that its rollout uses; empty while it is not known."""
+    weights_version: int = 0
+    """The version of the weights that it has committed, or is to have; 0: the checkpoint."""
 
     def over(self, earlier: Orders) -> Orders:
         """These orders, given to a gang that has earlier ones."""
@@ -90,6 +94,7 @@ class Orders:
             attempt=max(self.attempt, earlier.attempt),
             rebuild=max(self.rebuild, earlier.rebuild),
             model_revision=self.model_revision or earlier.model_revision,
+            weights_version=max(self.weights_version, earlier.weights_version),
         )
 
 
@@ -134,6 +139,11 @@ class GangReport:
     """The last ones, oldest first; of this engine only."""
     rebuilds: tuple[ReportedRebuild, ...] = ()
     """The same."""
+    weights_version: int = 0
+    """The last one that its engine knows to be committed."""
+    weights_condition: str = ""
+    """WeightsUpdating, WeightsIncomplete or WeightsLost; empty: nothing keeps its weights from being served."""
+    weights_message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,5 +108,7 @@ def _shared(model: TPModel) -> Iterator[Child]:
     yield NETWORK_POLICIES, model.name
     for service in (names.client_service, names.leaders_service, names.pods_service):
         yield SERVICES, service(model.name)
+    if model.spec.auth.trainer_token is not None:
+        yield SERVICES, names.trainers_service(model.name)
     if model.spec.replicas > 1:
         yield DISRUPTION_BUDGETS, model.name

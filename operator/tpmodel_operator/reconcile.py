@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from tpmodel_operator import gang, status
+from tpmodel_operator import gang, status, weights
 from tpmodel_operator.acceptance import Refusal
 from tpmodel_operator.actions import Decision, Event
 from tpmodel_operator.api import GROUP, KIND, VERSION, TPModel, TPModelStatus
@@ -131,6 +131,7 @@ class Reconciler:
             image=model.status.image,
             model_revision=model.status.model_revision,
             rebuild_requested=model.status.rebuild_requested,
+            weights=weights.remembered(model),
             refusal=refusal,
         )
         now = datetime.now(UTC)

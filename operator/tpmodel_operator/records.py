@@ -51,7 +51,7 @@ def tpmodel(item: Json) -> TPModel:
         "annotations": {
             name: value
             for name, value in metadata.get("annotations", {}).items()
-            if name in (names.TAKE_IMAGE_ANNOTATION, names.REBUILD_ANNOTATION)
+            if name in (names.TAKE_IMAGE_ANNOTATION, names.REBUILD_ANNOTATION, names.RESET_WEIGHTS_ANNOTATION)
         },
         "status": TPModelStatus.model_validate(item.get("status") or {}),
     }
@@ -131,6 +131,7 @@ def stateful_set(item: Json) -> StatefulSetRecord | None:
         image=sys.intern(_image(item)),
         created=datetime.fromisoformat(metadata["creationTimestamp"]),
         deleting="deletionTimestamp" in metadata,
+        weights_source=sys.intern(metadata.get("annotations", {}).get(names.WEIGHTS_SOURCE_ANNOTATION, "")),
     )
 
 

@@ -118,6 +118,9 @@ def _as_new(restart: Restart) -> dict[str, object]:
         "incomplete_since": "",
         "ready_ranks": 0,
         "load_percent": 0,
+        "weights_version": None,
+        "weights_condition": "",
+        "weights_message": "",
     }
 
 

@@ -22,6 +22,7 @@ _NOT_OF_PODS: dict[str, Any] = {
     "rollout": True,
     "disruption_budget": True,
     "service": True,
+    "weight_updates": {"from_"},
     "image": {"reference"},
     "ranks_per_pod": True,
     "recovery": {
@@ -37,8 +38,14 @@ _NOT_OF_PODS: dict[str, Any] = {
 """What the operator alone reads, and what goes in by its resolved value."""
 
 
-def revision(spec: TPModelSpec, image: str) -> str:
-    """Five characters; the same for specs that give the same pods."""
+def revision(spec: TPModelSpec, image: str, weights_reset: str = "") -> str:
+    """Five characters; the same for specs that give the same pods.
+
+    Args:
+        spec: of the TPModel.
+        image: the resolved one.
+        weights_reset: what its user last wrote to go back to the checkpoint.
+    """
     content = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=_NOT_OF_PODS)
     content = {name: value for name, value in content.items() if value != {}}
     content["image"] = content.get("image", {}) | {"resolved": image}
@@ -48,6 +55,13 @@ def revision(spec: TPModelSpec, image: str) -> str:
     ranks = defaults.ranks_per_pod(spec)
     if ranks != defaults.ranks_per_pod(spec.model_copy(update={"ranks_per_pod": None})):
         content["ranksPerPod"] = ranks
+    if weights_reset:
+        content["weightsReset"] = weights_reset
+    return short_hash(content)
+
+
+def short_hash(content: dict[str, Any]) -> str:
+    """Five characters out of anything that JSON can say."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     number = int.from_bytes(hashlib.sha256(canonical.encode()).digest())
     letters = []

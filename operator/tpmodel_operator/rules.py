@@ -97,6 +97,12 @@ _SPEC_RULES = (
         "leave communicator out",
         field=".model.engineOptions",
     ),
+    must(
+        "!has(self.weightUpdates) || !has(self.weightUpdates.from) || self.weightUpdates.from.size() == 0 || "
+        "(has(self.auth) && has(self.auth.trainerToken))",
+        "weightUpdates.from is for trainers, who present a token: write auth.trainerToken, or leave from out",
+        field=".weightUpdates",
+    ),
 )
 
 _MODEL_RULES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from tpmodel_operator import names
+from tpmodel_operator import names, weights
 from tpmodel_operator.api import GangStatus, TPModel, TPModelStatus
 from tpmodel_operator.conditions import Situation, conditions
 
@@ -26,6 +26,11 @@ def build(model: TPModel, situation: Situation, leaving: list[GangStatus], now: 
         model_revision=situation.model_revision,
         rebuild_requested=situation.rebuild_requested,
         url=names.url(model.name, model.namespace),
+        trainers_url=names.trainers_url(model.name, model.namespace) if model.spec.auth.trainer_token else "",
+        weights_version=weights.all_serve(situation.gangs),
+        weights_newest=situation.weights.newest,
+        weights_source=situation.weights.source,
+        weights_reset=situation.weights.reset,
         state=word(situation),
         gangs=gangs,
     )

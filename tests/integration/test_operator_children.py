@@ -39,6 +39,13 @@ SPECS: dict[str, dict[str, Any]] = {
         "auth": {"apiKey": {"name": "keys", "key": "chat"}, "tlsSecretName": "cert"},
         "cache": {"type": "pvc", "claimName": "cache"},
     },
+    "updated by a trainer": {
+        "auth": {"trainerToken": {"name": "trainer", "key": "token"}},
+        "weightUpdates": {
+            "from": [{"podSelector": {"matchLabels": {"app": "trainer"}}}],
+            "persistUpdates": "pvc://updates/sets",
+        },
+    },
     "claim on GPUs": {
         "model": {"uri": "pvc://weights/8b"},
         "device": "cuda",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tpmodel_operator import defaults, gang, names
+from tpmodel_operator import defaults, gang, names, weights
 from tpmodel_operator.actions import (
     Action,
     Decision,
@@ -68,6 +68,7 @@ class Cluster:
     """What the gangs' ConfigMaps say, and the same of commits."""
     commits: dict[str, str] = field(default_factory=dict)
     rebuilds: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
     reports: dict[str, GangReport] = field(default_factory=dict)
     tokens_missing: set[str] = field(default_factory=set)
     volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -142,6 +143,7 @@ class Cluster:
                 self.attempts[action.gang] = max(action.attempt, self.attempts.get(action.gang, 0))
                 self._tell_commit(action.gang, action.model_revision)
                 self.rebuilds[action.gang] = max(action.rebuild, self.rebuilds.get(action.gang, 0))
+                self.weights[action.gang] = max(action.weights_version, self.weights.get(action.gang, 0))
             case DeletePod():
                 self.deletions.append(action)
                 self.delete_pod(action.uid, action.grace_seconds)
@@ -244,6 +246,7 @@ class Cluster:
     def _ensure(self, action: EnsureGang) -> None:
         self.attempts.setdefault(action.name, action.attempt)
         self._tell_commit(action.name, action.model_revision)
+        self.weights.setdefault(action.name, action.weights_version)
         if action.name not in self.statefulsets:
             self.statefulsets[action.name] = StatefulSetRecord(
                 name=action.name,
@@ -255,11 +258,16 @@ class Cluster:
                 pods=defaults.pods_per_gang(self.spec),
                 image=action.image,
                 created=self.now,
+                weights_source=weights.source(self.observed().model),
             )
 
     def _orders(self, gang: str) -> Orders:
-        commit = self.commits.get(gang, "")
-        return Orders(attempt=self.attempts[gang], rebuild=self.rebuilds.get(gang, 0), model_revision=commit)
+        return Orders(
+            attempt=self.attempts[gang],
+            rebuild=self.rebuilds.get(gang, 0),
+            model_revision=self.commits.get(gang, ""),
+            weights_version=self.weights.get(gang, 0),
+        )
 
     def _tell_commit(self, gang: str, commit: str) -> None:
         if commit:
@@ -275,6 +283,7 @@ class Cluster:
         self.attempts.pop(action.name, None)
         self.commits.pop(action.name, None)
         self.rebuilds.pop(action.name, None)
+        self.weights.pop(action.name, None)
 
     def _make_pod(self, statefulset: StatefulSetRecord, index: int) -> None:
         uid = self._uid()

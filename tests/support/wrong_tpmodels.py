@@ -213,6 +213,21 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
             "leave communicator out"
         ),
     ),
+    "trainers_without_a_token": (
+        {"weightUpdates": {"from": [{"podSelector": {}}]}},
+        "spec.weightUpdates",
+        "weightUpdates.from is for trainers, who present a token: write auth.trainerToken, or leave from out",
+    ),
+    "updates_kept_in_no_volume": (
+        {"weightUpdates": {"persistUpdates": "/sets"}},
+        "spec.weightUpdates.persistUpdates",
+        "write pvc://claim/path, or file:///path (a folder of the node)",
+    ),
+    "updates_kept_in_a_claim_of_no_name": (
+        {"weightUpdates": {"persistUpdates": "pvc://Sets"}},
+        "spec.weightUpdates.persistUpdates",
+        "write pvc://claim/path, where claim is a PersistentVolumeClaim in this namespace",
+    ),
     "cache_claim_missing": (
         {"cache": {"type": "pvc"}},
         "spec.cache.claimName",
@@ -336,8 +351,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"podTemplate": {"volumes": [{"name": "token", "emptyDir": {}}]}},
         "spec.podTemplate.volumes[0]",
         (
-            "names model, cache, runtime, shared-memory, temporary, attempt, token, api-key, tls belong to the "
-            "worker's own volumes: write another name"
+            "names model, cache, runtime, shared-memory, temporary, attempt, token, api-key, tls, persisted-updates "
+            "belong to the worker's own volumes: write another name"
         ),
     ),
     "mount_without_volume": (
@@ -349,8 +364,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         mount("/etc/tpmodel/token"),
         "spec.podTemplate.volumeMounts[0]",
         (
-            "this mountPath belongs to the worker (/model, /cache, /run/tpmodel, /dev/shm, /tmp, /etc/tpmodel): write "
-            "another one, such as /extra"
+            "this mountPath belongs to the worker (/model, /cache, /run/tpmodel, /dev/shm, /tmp, /etc/tpmodel, "
+            "/persisted-updates): write another one, such as /extra"
         ),
     ),
     "mount_at_a_relative_path": (

@@ -22,9 +22,11 @@ def render(model: ModelView, now: datetime) -> list[str]:
         ("model", f"{model.uri}, {model.tensor_parallel_size} ranks a gang"),
         ("image", model.image),
         ("url", model.url),
+        ("trainers", model.trainers_url),
         ("age", age(model.created, now)),
     ]
-    lines += [f"{_STEP}{name:<7}{value}" for name, value in facts if value]
+    width = max(7, *(len(name) + 2 for name, value in facts if value))
+    lines += [f"{_STEP}{name:<{width}}{value}" for name, value in facts if value]
     if model.conditions:
         lines.append(f"{_STEP}conditions")
         lines += _indented(table([], [_condition(condition, now) for condition in model.conditions]), 2)
@@ -61,8 +63,11 @@ def _facts(gang: GangView, model: ModelView, now: datetime) -> list[str]:
         *([f"epoch {gang.epoch}"] if gang.epoch else []),
         f"{ranks} of {model.tensor_parallel_size} ranks ready",
         f"{_count(gang.restarts, 'restart')}{budget}",
+        *([f"weights of version {gang.weights_version}"] if gang.weights_version else []),
     ]
     lines = [", ".join(numbers)] if gang.revision else []
+    if gang.weights_condition:
+        lines.append(f"{gang.weights_condition}: {gang.weights_message}")
     if gang.failure is not None:
         lines.append(f"failed {age(gang.failure.time, now)} ago, {gang.failure.reason}: {_cause(gang.failure)}")
     if gang.last_restart is not None and gang.last_restart.time:

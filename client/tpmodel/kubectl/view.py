@@ -104,6 +104,11 @@ class GangView:
     """The last ones, oldest first."""
     rebuilds: tuple[RebuildView, ...] = ()
     """The same."""
+    weights_version: int | None = None
+    """What it serves, 0: the checkpoint; None: nothing, or not known."""
+    weights_condition: str = ""
+    """Why its weights are not served: one CamelCase word."""
+    weights_message: str = ""
 
     @property
     def leader(self) -> PodView | None:
@@ -135,6 +140,8 @@ class ModelView:
     gangs: tuple[GangView, ...] = ()
     api_key: str = ""
     """Where the key is that clients need, such as key token of Secret keys; empty: they need none."""
+    trainers_url: str = ""
+    """What trainers dial; empty: it takes no weight updates."""
 
     @property
     def full_name(self) -> str:
@@ -179,6 +186,7 @@ def model_view(model: Json, pods: Iterable[Json] = ()) -> ModelView:
         state=status.get("state", ""),
         restarts=status.get("restarts", 0),
         url=status.get("url", ""),
+        trainers_url=status.get("trainersUrl", ""),
         image=status.get("image", ""),
         created=metadata.get("creationTimestamp", ""),
         generation=metadata.get("generation", 0),
@@ -219,6 +227,9 @@ def _gang(gang: Json, pods: Iterable[PodView]) -> GangView:
         uid=gang.get("uid", ""),
         faults=tuple(map(_fault, gang.get("faults", []))),
         rebuilds=tuple(map(_rebuild, gang.get("rebuilds", []))),
+        weights_version=gang.get("weightsVersion"),
+        weights_condition=gang.get("weightsCondition", ""),
+        weights_message=" ".join(gang.get("weightsMessage", "").split()),
     )
 
 

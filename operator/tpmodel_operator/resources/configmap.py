@@ -11,7 +11,12 @@ from tpmodel_operator.resources.objects import Object, gang_metadata
 
 def build(model: TPModel, gang: EnsureGang) -> Object:
     """The ConfigMap of a gang."""
-    orders = Orders(attempt=gang.attempt, rebuild=gang.rebuild, model_revision=gang.model_revision)
+    orders = Orders(
+        attempt=gang.attempt,
+        rebuild=gang.rebuild,
+        model_revision=gang.model_revision,
+        weights_version=gang.weights_version,
+    )
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -27,6 +32,8 @@ def data_of(orders: Orders) -> dict[str, str]:
         data[names.REBUILD_KEY] = str(orders.rebuild)
     if orders.model_revision:
         data[names.MODEL_REVISION_KEY] = orders.model_revision
+    if orders.weights_version:
+        data[names.WEIGHTS_VERSION_KEY] = str(orders.weights_version)
     return data
 
 
@@ -36,6 +43,7 @@ def orders_of(data: dict[str, str]) -> Orders:
         attempt=_number(data.get(names.ATTEMPT_KEY, "")),
         rebuild=_number(data.get(names.REBUILD_KEY, "")),
         model_revision=data.get(names.MODEL_REVISION_KEY, ""),
+        weights_version=_number(data.get(names.WEIGHTS_VERSION_KEY, "")),
     )
 
 

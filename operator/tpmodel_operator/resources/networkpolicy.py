@@ -18,14 +18,22 @@ from tpmodel_operator.settings import OperatorSettings
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 """Label that the API server puts on every namespace."""
 
+TENSOR_PORTS: Object = {"port": 32768, "endPort": 65535, "protocol": "TCP"}
+"""NCCL and Gloo listen where the kernel has a free port: Linux takes them from 32768 on."""
+
 
 def build(model: TPModel, settings: OperatorSettings) -> Object:
-    """Of a model: clients from anywhere or `service.from`, metrics and health from operator and monitoring."""
+    """Of a model: clients from anywhere or `service.from`, trainers from `weightUpdates.from` and nowhere else, metrics
+    and health from operator and monitoring."""
     clients: dict[str, Any] = {"ports": _ports(names.INFERENCE_PORT, names.HTTP_PORT)}
     if model.spec.service.from_:
         clients["from"] = list(model.spec.service.from_)
+    trainers: list[Object] = []
+    if model.spec.weight_updates.from_:
+        ports = [*_ports(names.CONTROL_PORT), TENSOR_PORTS]
+        trainers = [{"ports": ports, "from": list(model.spec.weight_updates.from_)}]
     watchers = {"ports": _ports(names.METRICS_PORT, names.HEALTH_PORT), "from": [_namespaces(settings)]}
-    return _policy(model_metadata(model, model.name), pods_of_model(model), [clients, watchers])
+    return _policy(model_metadata(model, model.name), pods_of_model(model), [clients, *trainers, watchers])
 
 
 def build_gang(model: TPModel, gang: EnsureGang) -> Object:

@@ -1,4 +1,4 @@
-"""Services: one that gives every pod its DNS name, two that lead clients to the ready leader pods."""
+"""Services: one that gives every pod its DNS name, two that lead clients to the ready leader pods, one for trainers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tpmodel_operator.resources.objects import Object, leader_pods, model_metada
 
 def build(model: TPModel) -> list[Object]:
     """All Services of a model."""
-    return [pods(model), leaders(model), client(model)]
+    trainers_too = [trainers(model)] if model.spec.auth.trainer_token is not None else []
+    return [pods(model), leaders(model), client(model), *trainers_too]
 
 
 def pods(model: TPModel) -> Object:
@@ -35,6 +36,21 @@ def leaders(model: TPModel) -> Object:
             "clusterIP": "None",
             "selector": leader_pods(model),
             "ports": _client_ports(model, grpc=names.INFERENCE_PORT, http=names.HTTP_PORT),
+        },
+    )
+
+
+def trainers(model: TPModel) -> Object:
+    """Headless, every leader pod from its first moment: a gang that serves nothing for want of whole weights is not
+    ready, and has to be reached all the same by the full set that mends it."""
+    return _service(
+        model,
+        names.trainers_service(model.name),
+        {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": leader_pods(model),
+            "ports": [_port("control", names.CONTROL_PORT, names.CONTROL_PORT)],
         },
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpmodel_operator import defaults, names
+from tpmodel_operator import defaults, names, weights
 from tpmodel_operator.actions import EnsureGang
 from tpmodel_operator.api import TPModel
 from tpmodel_operator.resources import pod
@@ -12,7 +12,10 @@ from tpmodel_operator.resources.objects import Object, gang_metadata, pods_of_ga
 def build(model: TPModel, gang: EnsureGang) -> Object:
     """All pods at once; a pod made again takes the one template there ever is; pods keep nothing of their own."""
     metadata = gang_metadata(model, gang, gang.name)
-    metadata["annotations"] = {names.IMAGE_ANNOTATION: gang.image}
+    metadata["annotations"] = {
+        names.IMAGE_ANNOTATION: gang.image,
+        names.WEIGHTS_SOURCE_ANNOTATION: weights.source(model),
+    }
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",

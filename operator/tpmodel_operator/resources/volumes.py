@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpmodel_operator import defaults, names
+from tpmodel_operator import defaults, names, weights
 from tpmodel_operator.actions import EnsureGang
 from tpmodel_operator.api import TPModel, TPModelSpec
 from tpmodel_operator.resources.objects import Object
@@ -18,6 +18,7 @@ ATTEMPT_FOLDER = "/etc/tpmodel/attempt"
 TOKEN_FOLDER = "/etc/tpmodel/token"  # noqa: S105 - a path
 API_KEY_FOLDER = "/etc/tpmodel/auth"
 TLS_FOLDER = "/etc/tpmodel/tls"
+UPDATES_FOLDER = "/persisted-updates"
 
 API_KEY_FILE = "api-key"
 
@@ -49,7 +50,8 @@ def mounted(model: TPModel, gang: EnsureGang) -> list[Mounted]:
         Mounted({"name": "shared-memory", "emptyDir": {"medium": "Memory"}}, SHARED_MEMORY),
         Mounted({"name": "temporary", "emptyDir": {}}, TEMPORARY),
         Mounted(_attempt(gang), ATTEMPT_FOLDER, read_only=True),
-        Mounted(_secret("token", names.token_secret(gang.name)), TOKEN_FOLDER, read_only=True),
+        Mounted(_token(spec, gang), TOKEN_FOLDER, read_only=True),
+        *_updates(spec),
     ]
     if spec.auth.api_key is not None:
         volume = _secret("api-key", spec.auth.api_key.name)
@@ -96,6 +98,39 @@ def _cache(spec: TPModelSpec) -> Object:
         case "emptyDir":
             source = {"emptyDir": {"sizeLimit": cache.size_limit} if cache.size_limit else {}}
     return {"name": "cache"} | source
+
+
+def updates_path(model: TPModel) -> str:
+    """Folder in the container where committed weights are kept; empty: nowhere.
+
+    A claim or a node's folder may be shared by models; and versions of another checkpoint are other weights.
+    """
+    location = defaults.updates_location(model.spec)
+    if location is None:
+        return ""
+    inside = [location.path] if location.scheme == "pvc" and location.path else []
+    return "/".join([UPDATES_FOLDER, *inside, f"{model.namespace}.{model.name}.{weights.source(model)}"])
+
+
+def _updates(spec: TPModelSpec) -> list[Mounted]:
+    location = defaults.updates_location(spec)
+    if location is None:
+        return []
+    if location.scheme == "pvc":
+        source: Object = {"persistentVolumeClaim": {"claimName": location.name}}
+    else:
+        source = {"hostPath": {"path": location.path, "type": "DirectoryOrCreate"}}
+    return [Mounted({"name": "persisted-updates"} | source, UPDATES_FOLDER)]
+
+
+def _token(spec: TPModelSpec, gang: EnsureGang) -> Object:
+    """The gang's own, or the one that trainers have too: then one group of a trainer can join all gangs."""
+    shared = spec.auth.trainer_token
+    if shared is None:
+        return _secret("token", names.token_secret(gang.name))
+    volume = _secret("token", shared.name)
+    volume["secret"]["items"] = [{"key": shared.key, "path": names.TOKEN_KEY}]
+    return volume
 
 
 def _attempt(gang: EnsureGang) -> Object:

@@ -9,6 +9,7 @@ from tpmodel.kubectl.view import pod_selector
 from tpmodel_operator import api
 from tpmodel_operator import names as operator_names
 from tpmodel_operator.api_kubernetes import RESERVED_VOLUMES
+from tpmodel_operator.observed import GangReport
 
 
 def test_labels_container_ports_and_resource() -> None:
@@ -29,7 +30,25 @@ def test_the_selector_finds_the_operators_pods() -> None:
 
 def test_every_field_of_status_that_it_reads_is_one_that_the_operator_writes() -> None:
     """Written by the operator's classes, read back by the plugin: nothing is lost by another name."""
-    cluster = operator_cluster.serving(replicas=2, auth={"apiKey": {"name": "keys", "key": "token"}})
+    auth = {"apiKey": {"name": "keys", "key": "token"}, "trainerToken": {"name": "trainer", "key": "token"}}
+    cluster = operator_cluster.serving(replicas=2, auth=auth)
+    first, second = (gang.name for gang in cluster.status.gangs)
+    for gang, condition in ((first, ""), (second, "WeightsLost")):
+        cluster.reports[gang] = GangReport(
+            gang=gang,
+            phase="Serving",
+            epoch=7,
+            ready_ranks=2,
+            load_percent=100,
+            time=cluster.now,
+            weights_version=3,
+            weights_condition=condition,
+            weights_message=condition and "send a full set",
+        )
+    cluster.reconcile()
+    assert [gang.weights_version for gang in view(cluster).gangs] == [3, None]
+    assert view(cluster).gangs[1].weights_condition == "WeightsLost"
+    assert view(cluster).trainers_url == cluster.status.trainers_url
     cluster.end_container(cluster.pod(1, 1), 75, "words")
     cluster.reconcile()
     model = view(cluster)
@@ -41,6 +60,7 @@ def test_every_field_of_status_that_it_reads_is_one_that_the_operator_writes() -
     assert model.max_restarts == cluster.spec.recovery.max_restarts
     for gang, written in zip(model.gangs, status.gangs, strict=True):
         same = ("name", "uid", "index", "revision", "attempt", "epoch", "phase", "ready", "ready_ranks", "load_percent")
+        same += ("weights_version", "weights_condition", "weights_message")
         assert [getattr(gang, field) for field in same] == [getattr(written, field) for field in same]
         assert (gang.restarts, gang.restarts_counted) == (written.restarts_total, written.restarts)
     restart, written = model.gangs[1].last_restart, status.gangs[1].last_restart

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from support import operator_cluster
-from support.operator_cluster import START, Cluster
+from support.operator_cluster import START, Cluster, serving
 from support.plugin_objects import view
 from tpmodel.kubectl.tree import render
 from tpmodel_operator.observed import GangReport, ReportedFault, ReportedRebuild
@@ -175,3 +175,25 @@ def test_a_gangs_faults_and_rebuilds_are_shown() -> None:
     assert line_with(text, "fault 2m ago").strip() == "fault 2m ago, epoch 4294967297: rank_exited: rank 1: signal 9"
     shown = line_with(text, "rebuilt 2m ago").strip()
     assert shown == "rebuilt 2m ago, epoch 4294967298: rank_exited, 1.3 s, 3 requests went on"
+
+
+def test_the_weights_of_a_gang_are_shown_and_what_to_do_where_they_are_lost() -> None:
+    cluster = serving(replicas=2)
+    for index, condition in ((0, ""), (1, "WeightsLost")):
+        gang = cluster.gang_status(index).name
+        cluster.reports[gang] = GangReport(
+            gang=gang,
+            phase="Serving",
+            epoch=7,
+            ready_ranks=2,
+            load_percent=100,
+            time=cluster.now,
+            weights_version=3,
+            weights_condition=condition,
+            weights_message=condition and "version 3 is lost; send a full set",
+        )
+    cluster.reconcile()
+    text = tree(cluster)
+    assert text.count("weights of version 3") == 1
+    assert "WeightsLost: version 3 is lost; send a full set" in text
+    assert "have a trainer send a full set" in line_with(text, "WeightsReady")

@@ -82,6 +82,32 @@ def test_a_cache_needs_a_claim_that_its_pods_can_write(modes: tuple[str, ...], r
     assert reason(reviewed(cache=cache, claims={"cache": modes}, replicas=replicas)) == expected
 
 
+def test_updates_are_kept_in_a_claim_that_pods_can_write() -> None:
+    updates = {"persistUpdates": "pvc://sets/a"}
+    assert reason(reviewed(weightUpdates=updates)) == "ClaimNotFound"
+    refusal = reviewed(weightUpdates=updates, claims={"sets": ("ReadOnlyMany",)})
+    assert refusal is not None
+    assert refusal.reason == "ClaimNotWritable"
+    assert "pods write into spec.weightUpdates.persistUpdates" in refusal.message
+    assert (
+        reason(reviewed(weightUpdates=updates, claims={"sets": ("ReadWriteOnce",)}, replicas=2)) == "ClaimNotShareable"
+    )
+    assert reviewed(weightUpdates=updates, claims={"sets": ("ReadWriteMany",)}, replicas=2) is None
+
+
+def test_updates_are_kept_on_nodes_under_allowed_prefixes_only() -> None:
+    updates = {"persistUpdates": "file:///sets"}
+    refusal = reviewed(weightUpdates=updates)
+    assert refusal is not None
+    assert refusal.message.startswith("spec.weightUpdates.persistUpdates: folder /sets of the node")
+    assert reviewed(weightUpdates=updates, allowed=("/sets",)) is None
+
+
+@pytest.mark.parametrize("uri", ["hf://a/b", "/sets"])
+def test_updates_are_kept_in_a_volume(uri: str) -> None:
+    assert reason(reviewed(weightUpdates={"persistUpdates": uri})) == "UnknownUpdatesVolume"
+
+
 # --------------------------------------------------------------------------------------------------- hostPaths
 
 

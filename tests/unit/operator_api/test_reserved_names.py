@@ -16,6 +16,7 @@ def model() -> TPModel:
     spec = {
         "model": {"uri": "pvc://models/x", "secretRef": {"name": "hub", "key": "token"}},
         "auth": {"apiKey": {"name": "key", "key": "k"}, "tlsSecretName": "tls"},
+        "weightUpdates": {"persistUpdates": "pvc://updates"},
     }
     return TPModel(name="m", namespace="n", uid="u", generation=1, spec=TPModelSpec.model_validate(spec))
 

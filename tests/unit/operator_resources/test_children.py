@@ -42,6 +42,17 @@ def test_clients_that_balance_find_ready_leader_pods_only():
     assert ports(service) == {"grpc": (9000, 9000), "http": (8000, 8000)}, "a headless Service translates no ports"
 
 
+def test_trainers_find_every_leader_pod_ready_or_not_where_they_have_a_token():
+    model = model_with(auth={"trainerToken": {"name": "t", "key": "k"}})
+    service = services.trainers(model)
+    assert service in services.build(model)
+    assert service["metadata"]["name"] == "chat-trainers"
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    assert service["spec"]["selector"] == {names.MODEL_LABEL: "chat", "apps.kubernetes.io/pod-index": "0"}
+    assert ports(service) == {"control": (9001, 9001)}
+    assert [item["metadata"]["name"] for item in services.build(model_with())] == ["chat-pods", "chat-leaders", "chat"]
+
+
 def test_the_client_service_is_as_the_spec_wants_it():
     wanted = {"type": "LoadBalancer", "port": 80, "httpPort": 81, "annotations": {"lb": "internal"}}
     service = services.client(model_with(service=wanted))

@@ -51,6 +51,16 @@ def test_service_from_closes_the_client_ports_to_everybody_else():
     assert allowed(gang_pod(GANG), INFERENCE, model)
 
 
+def test_trainers_reach_the_control_port_and_the_ports_of_tensors_and_nobody_else_does():
+    peers = [{"podSelector": {"matchLabels": {"app": "trainer"}}}]
+    model = model_with(auth={"trainerToken": {"name": "t", "key": "k"}}, weightUpdates={"from": peers})
+    trainer = Source("space", {"app": "trainer"})
+    every = (INFERENCE, HTTP, CONTROL, HEALTH, METRICS, RANDOM, 32767)
+    assert {port for port in every if allowed(trainer, port, model)} == {INFERENCE, HTTP, CONTROL, RANDOM}
+    assert {port for port in every if allowed(NEIGHBOUR, port, model)} == {INFERENCE, HTTP}
+    assert {port for port in every if allowed(trainer, port, model_with())} == {INFERENCE, HTTP}
+
+
 def test_only_ingress_is_ruled():
     for policy in (networkpolicy.build(model_with(), SETTINGS), networkpolicy.build_gang(model_with(), GANG)):
         assert policy["spec"]["policyTypes"] == ["Ingress"]

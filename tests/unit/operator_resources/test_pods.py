@@ -6,7 +6,7 @@ import pytest
 
 from support.operator_cluster import IMAGE
 from support.operator_objects import GANG, model_with
-from tpmodel_operator import names
+from tpmodel_operator import names, weights
 from tpmodel_operator.resources import statefulset
 
 
@@ -53,7 +53,8 @@ def test_a_statefulset_is_named_labelled_and_owned():
     metadata = stateful()["metadata"]
     assert (metadata["name"], metadata["namespace"]) == ("chat-0-bcdfg", "space")
     assert metadata["labels"] == names.gang_labels("chat", "chat-0-bcdfg", 0, "bcdfg")
-    assert metadata["annotations"] == {names.IMAGE_ANNOTATION: IMAGE}
+    source = weights.source(model_with())
+    assert metadata["annotations"] == {names.IMAGE_ANNOTATION: IMAGE, names.WEIGHTS_SOURCE_ANNOTATION: source}
     (owner,) = metadata["ownerReferences"]
     assert (owner["kind"], owner["uid"], owner["controller"]) == ("TPModel", "model-uid", True)
 
@@ -396,3 +397,38 @@ def test_a_sidecar_starts_before_the_worker_outlives_its_drain_and_has_no_privil
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
     }
+
+
+# ------------------------------------------------------------------------------------------- weight updates
+
+TRAINER = {"trainerToken": {"name": "trainer", "key": "secret"}}
+
+
+def test_without_trainers_a_gang_has_a_token_of_its_own():
+    assert volume("token")["secret"]["secretName"] == "chat-0-bcdfg-token"
+
+
+def test_the_token_of_trainers_is_that_of_all_gangs():
+    source = volume("token", auth=TRAINER)["secret"]
+    assert (source["secretName"], source["items"]) == ("trainer", [{"key": "secret", "path": names.TOKEN_KEY}])
+
+
+def test_updates_are_not_kept_unless_that_is_asked_for():
+    assert "persist-updates" not in arguments()
+
+
+def test_updates_are_kept_in_a_folder_of_this_models_present_checkpoint():
+    """Others may share the volume, and versions of another checkpoint are other weights."""
+    changes = {"weightUpdates": {"persistUpdates": "pvc://sets/here"}}
+    source = weights.source(model_with(**changes))
+    assert arguments(**changes)["persist-updates"] == f"/persisted-updates/here/space.chat.{source}"
+    assert volume("persisted-updates", **changes)["persistentVolumeClaim"] == {"claimName": "sets"}
+    assert "readOnly" not in mounts(**changes)["/persisted-updates"]
+    other = {"model": {"uri": "hf://organisation/other"}, **changes}
+    assert arguments(**other)["persist-updates"] != arguments(**changes)["persist-updates"]
+
+
+def test_updates_may_be_kept_in_a_folder_of_the_node():
+    changes = {"weightUpdates": {"persistUpdates": "file:///srv/sets"}}
+    assert volume("persisted-updates", **changes)["hostPath"]["path"] == "/srv/sets"
+    assert arguments(**changes)["persist-updates"].startswith("/persisted-updates/space.chat.")

@@ -194,6 +194,42 @@ async def test_shared_children_are_sent_again_when_they_are_old_and_at_once_when
     assert fake.made("apply", "services") == ["m"]
 
 
+def _with_trainers(fake: FakeKube, *, wanted: bool) -> None:
+    item = stored(fake, "tpmodels")["m"]
+    auth = {"trainerToken": {"name": "t", "key": "k"}} if wanted else {}
+    fake.put(MODELS, item | {"spec": item["spec"] | {"auth": auth}})
+
+
+async def test_the_service_of_trainers_comes_and_goes_with_their_token():
+    fake, parts, _ = await started()
+    _with_trainers(fake, wanted=True)
+    await parts.run_pass()
+    assert "m-trainers" in stored(fake, "services")
+    _with_trainers(fake, wanted=False)
+    fresh = Parts(fake)
+    await fresh.run_pass()
+    assert "m-trainers" not in stored(fake, "services")
+    fake.calls.clear()
+    await fresh.run_pass()
+    assert fake.made("get", "services") == []
+
+
+async def test_a_model_without_trainers_costs_no_call_for_their_service():
+    fake, _, _ = await started()
+    fake.calls.clear()
+    await Parts(fake).run_pass()
+    assert "m-trainers" not in [name for _, _, name in fake.calls]
+
+
+async def test_a_version_of_the_weights_is_written_beside_the_attempt_and_never_lowered():
+    fake, parts, gang = await started()
+    seen = await observed(parts)
+    await parts.applier.apply(seen, [WriteAttempt(gang=gang, attempt=1, weights_version=4)])
+    await parts.applier.apply(seen, [WriteAttempt(gang=gang, attempt=2, weights_version=3)])
+    assert stored(fake, "configmaps")[f"{gang}-attempt"]["data"] == {"attempt": "2", "weights-version": "4"}
+    assert await Parts(fake).attempts.read("default", gang) == Orders(attempt=2, weights_version=4)
+
+
 async def test_what_was_remembered_of_gone_objects_is_forgotten():
     fake, parts, gang = await started()
     parts.attempts.keep(set())

@@ -123,6 +123,20 @@ def test_an_answer_as_decisions_see_it():
     assert (report.phase, report.epoch, report.ready_ranks, report.load_percent) == ("Serving", 2**33, 4, 99)
 
 
+def test_what_an_answer_says_of_the_weights_is_news():
+    engine = worker_pb2.EngineState(
+        weight_version=3, weights_condition="WeightsLost", weights_message="send a full set"
+    )
+    report = report_of("m-0-abcde", worker_pb2.GangStatusResponse(engine=engine), START)
+    assert (report.weights_version, report.weights_condition, report.weights_message) == (
+        3,
+        "WeightsLost",
+        "send a full set",
+    )
+    assert is_news(replace(report, weights_version=2), report)
+    assert is_news(replace(report, weights_condition=""), report)
+
+
 class Status(worker_pb2_grpc.StatusServiceServicer):
     async def GangStatus(self, request, context):  # noqa: N802 - the name is the proto's
         return worker_pb2.GangStatusResponse(engine=worker_pb2.EngineState(phase=worker_pb2.PHASE_LOADING, epoch=7))
