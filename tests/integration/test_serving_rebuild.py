@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -111,6 +113,31 @@ def assert_same(results: dict[str, Result], expected: dict[str, Result]) -> None
         for sample, entries in enumerate(result.logprobs):
             wanted = [entry.logprob for entry in expected[name].logprobs[sample]]
             assert [entry.logprob for entry in entries] == pytest.approx(wanted, abs=1e-4), name
+
+
+def connections_of_engine(server: LocalServer) -> Counter[tuple[str, int]]:
+    """How many it has to each address."""
+    connections = psutil.Process(pids(server)["engine"]).net_connections("tcp")
+    return Counter(
+        (connection.raddr.ip, connection.raddr.port)
+        for connection in connections
+        if connection.raddr and connection.status == psutil.CONN_ESTABLISHED
+    )
+
+
+def test_the_engine_keeps_no_connection_of_a_lost_world(server: LocalServer, undisturbed: dict[str, Result]) -> None:
+    """W21: two worlds after its first one it has one connection to each of what it talks to."""
+    before = connections_of_engine(server)
+    for _ in range(2):
+        os.kill(pids(server)["rank 1"], signal.SIGKILL)
+        with Client(server.target) as client:
+            result = client.complete(PROMPT, **REQUESTS["greedy"])
+        assert result.token_ids == undisturbed["greedy"].token_ids
+    deadline = time.monotonic() + 10
+    while (after := connections_of_engine(server)).total() > before.total():
+        assert time.monotonic() < deadline, (before, after)
+        time.sleep(0.05)
+    assert set(after.values()) == {1}
 
 
 @pytest.mark.parametrize("victim", ["rank 1", "rank 0"])

@@ -111,7 +111,9 @@ class Session:
         # Without serialisers gRPC passes bytes through. It also turns a message that it can't read into
         # None, so reading is done here.
         open_stream = channel.channel.stream_stream(_SESSION_METHOD)
-        self._call = cast("grpc.aio.StreamStreamCall[bytes, bytes]", open_stream(self._requests(), metadata=metadata))
+        self._call: grpc.aio.StreamStreamCall[bytes, bytes] | None = cast(
+            "grpc.aio.StreamStreamCall[bytes, bytes]", open_stream(self._requests(), metadata=metadata)
+        )
         self._reader = asyncio.create_task(self._read(), name=f"session of rank {self.rank}")
 
     @property
@@ -129,17 +131,23 @@ class Session:
         """Half-closes the stream, gives the rank `timeout` seconds to end it, then cancels it."""
         self._outgoing.put_nowait(None)
         await asyncio.wait([self._reader], timeout=timeout)
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
         await asyncio.wait([self._reader])
+        # As long as the call exists, gRPC keeps the connection, though its channel is closed. This session and its pool
+        # refer to each other, and would keep the call until the collector finds them.
+        self._call = None
 
     async def _requests(self) -> AsyncIterator[bytes]:
         while (request := await self._outgoing.get()) is not None:
             yield request
 
     async def _read(self) -> None:
+        call = self._call
+        assert call is not None
         detail = "a response could not be handled"
         try:
-            async for response in self._call:
+            async for response in call:
                 self._on_response(self.rank, worker_pb2.SessionResponse.FromString(response))
             detail = ""
         except grpc.aio.AioRpcError as error:
@@ -150,5 +158,5 @@ class Session:
             detail = f"unreadable response: {error}"
         finally:
             self._closed = True
-            self._call.cancel()
+            call.cancel()
             self._on_closed(self.rank, detail)
