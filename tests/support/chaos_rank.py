@@ -2,6 +2,9 @@
 
 An order is a file `order-RANK` in $CHAOS; the rank takes it at its next step:
 raise (an exception on this rank only), memory (an allocation beyond a limit of its address space), crash (SIGSEGV).
+
+Where the file `poison` has a token id, every rank but rank 0 crashes, each time, at a plan that admits a sequence with
+that token.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.rank import main, spare
 from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.settings import ServeSettings
@@ -27,6 +31,11 @@ _MUCH_BYTES = 1 << 30
 def order_file(folder: Path, rank: int) -> Path:
     """Where a rank looks for its order."""
     return folder / f"order-{rank}"
+
+
+def poison_file(folder: Path) -> Path:
+    """Where ranks look for the token that they die of."""
+    return folder / "poison"
 
 
 def run_rank(settings: ServeSettings, rank: int) -> None:
@@ -43,15 +52,20 @@ def run_spare(settings: ServeSettings) -> None:
 
 def obey(rank: int) -> None:
     """From now on orders are carried out before a plan is executed, when the other ranks may be in it already."""
-    path = order_file(Path(os.environ[FOLDER]), rank)
+    folder = Path(os.environ[FOLDER])
+    path, poison = order_file(folder, rank), poison_file(folder)
     execute: Callable[..., None] = StepRunner.execute
 
-    def execute_or_obey(self: StepRunner, *arguments: Any, **options: Any) -> None:
+    def execute_or_obey(self: StepRunner, seq: int, plan: pb.GenerateStepRequest, **options: Any) -> None:
         if path.exists():
             order = path.read_text()
             path.unlink()
             _ORDERS[order]()
-        execute(self, *arguments, **options)
+        if rank and plan.admissions and poison.exists():
+            token = int(poison.read_text())
+            if any(token in admission.token_ids for admission in plan.admissions):
+                _crash()
+        execute(self, seq, plan, **options)
 
     StepRunner.execute = execute_or_obey
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import grpc
 import psutil
 
-from support.chaos_rank import FOLDER, order_file
+from support.chaos_rank import FOLDER, order_file, poison_file
 from support.ended import still_running
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_worker.settings import ServeSettings
@@ -225,6 +225,10 @@ class ChaosServer:
         return Footprint(tuple(sorted(named)), tuple(sorted(arenas_of(self._process.pid))), descriptors)
 
     # ------------------------------------------------------------------------------------------- harm
+
+    def poison(self, token: int) -> None:
+        """From now on the ranks die of every sequence that has this token."""
+        poison_file(self.folder).write_text(str(token))
 
     def order(self, rank: int, what: str) -> Path:
         """Has a rank do something to itself at its next step; the file is gone once it has."""

@@ -11,7 +11,7 @@ from zlib import crc32
 from support.simulated_rank import SimulatedRank, true_outputs
 from tpmodel.v1 import inference_pb2, worker_pb2
 from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
-from tpmodel_worker.engine.requests import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE
+from tpmodel_worker.engine.requests import DEADLINE_EXCEEDED, INTERNAL, RESOURCE_EXHAUSTED, UNAVAILABLE
 from tpmodel_worker.engine.scheduler import RefusedError, Request, Scheduler, SchedulerConfig, SequenceOutput
 
 VOCABULARY = 9
@@ -85,6 +85,8 @@ class ExpectedSample:
     """From the first on, the resumed ones included."""
     received: list[int]
     open: bool = True
+    in_world: int = 0
+    """Tokens that the present world brought."""
 
 
 @dataclass(slots=True)
@@ -94,6 +96,8 @@ class ExpectedRequest:
     request: Request
     samples: dict[int, ExpectedSample]
     admitted: bool = False
+    fruitless_worlds: int = 0
+    """Lost in a row while it ran, before two tokens of any sample."""
 
     @property
     def open(self) -> bool:
@@ -212,8 +216,17 @@ class SchedulerDriver:
     def lose_world(self, patience: float) -> None:
         """The world is lost, with all replies on their way; nothing is planned until rebuild."""
         self._replies.clear()
-        replayed = self.scheduler.hold(patience)
-        assert set(replayed) == {key for key in self.open_keys if self.expected[key].admitted}
+        suspects = self._running_suspects()
+        for expected in self._running():
+            fruitful = max(sample.in_world for sample in expected.samples.values()) >= 2
+            expected.fruitless_worlds = 0 if fruitful else expected.fruitless_worlds + 1
+        held = self.scheduler.hold(patience)
+        self._take(self.scheduler.take_outputs())
+        failed = [str(expected.request.key) for expected in self.expected.values() if expected.fruitless_worlds == 3]
+        assert held.blamed == failed == [str(expected.request.key) for expected in suspects if not expected.open]
+        for expected in self.expected.values():
+            expected.fruitless_worlds %= 3
+        assert set(held.replayed) == {key for key in self.open_keys if self.expected[key].admitted}
         self._held_until = dict.fromkeys(self.open_keys, self.now + patience)
         self._patience = patience
         assert self.scheduler.next_plan(self._seq + 1) is None
@@ -223,6 +236,9 @@ class SchedulerDriver:
     def rebuild(self, num_blocks: int) -> None:
         """The world is lost, with all replies on their way, or was before; another takes its place."""
         self._held_until, self._patience = {}, None
+        for expected in self.expected.values():
+            for sample in expected.samples.values():
+                sample.in_world = 0
         self.config = dataclasses.replace(self.config, num_blocks=num_blocks)
         self._replies.clear()
         self._seq = 0
@@ -282,7 +298,16 @@ class SchedulerDriver:
             assert block_hash is None or block_hash in self._committed_hashes, f"block {block} has uncommitted ids"
             assert block_hash is None or self.config.prefix_cache
         assert self.scheduler.blocks_used == pool.used <= self.scheduler.blocks_total
+        assert len(self._running_suspects()) <= 1, "suspects run together"
         self.check_queue()
+
+    def _running(self) -> list[ExpectedRequest]:
+        """Requests that hold a slot."""
+        keys = {sequence.state.request.key for sequence in self.scheduler._placement.running()}
+        return [expected for key, expected in self.expected.items() if key in keys]
+
+    def _running_suspects(self) -> list[ExpectedRequest]:
+        return [expected for expected in self._running() if expected.fruitless_worlds == 2]
 
     def check_queue(self) -> None:
         """Every live request is somewhere, once."""
@@ -307,6 +332,9 @@ class SchedulerDriver:
             assert expected.admitted, "tokens before admission"
             taken += len(output.token_ids)
             sample.received += output.token_ids
+            sample.in_world += len(output.token_ids)
+            if sample.in_world >= 2:
+                expected.fruitless_worlds = 0
             assert sample.received == sample.outputs[: len(sample.received)], "not the true tokens"
             wanted = expected.request.sampling.logprobs >= 0
             assert [-entry.logprob for entry in output.logprobs] == (output.token_ids if wanted else [])
@@ -337,6 +365,8 @@ class SchedulerDriver:
             prompt = len(expected.request.prompt_token_ids)
             longest = max(prompt + len(sample.received) for sample in expected.samples.values() if sample.open)
             assert self.config.blocks_for(longest) > self.config.num_blocks, "failed though it fits"
+        elif code == INTERNAL:
+            assert expected.fruitless_worlds == 3
         else:
             assert code == ABORTED
         for sample in expected.samples.values():

@@ -12,7 +12,7 @@ from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.planner import PlanCounts
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.replay import Replay
-from tpmodel_worker.engine.requests import UNAVAILABLE, ProtocolError, Request, SchedulerConfig, SequenceOutput
+from tpmodel_worker.engine.requests import UNAVAILABLE, Held, ProtocolError, Request, SchedulerConfig, SequenceOutput
 from tpmodel_worker.engine.scheduler import Scheduler
 from tpmodel_worker.engine.status import COUNTER_SECONDS, EngineStatus
 
@@ -88,9 +88,9 @@ class ServingLoop:
                 self._pass_on(self._scheduler.expire(time.time()))
                 await self._wake.wait()
 
-    def suspend(self, patience: float) -> list[Hashable]:
+    def suspend(self, patience: float, *, blame: bool) -> Held:
         """The world is lost: everything waits for the next one. As Scheduler.hold."""
-        return self._scheduler.hold(patience)
+        return self._scheduler.hold(patience, blame=blame)
 
     def resume(self, config: SchedulerConfig) -> None:
         """A new world, with an empty cache, takes all requests over."""

@@ -65,6 +65,11 @@ class EngineMetrics:
         self.replayed_requests = Counter(
             "tpmodel_replayed_requests", "Requests that a rebuilt world computed again.", registry=registry
         )
+        self.blamed_requests = Counter(
+            "tpmodel_blamed_requests",
+            "Requests failed since worlds were lost while they computed them.",
+            registry=registry,
+        )
         self.step_seconds = Histogram(
             "tpmodel_step_seconds", "Time of one step on rank 0.", registry=registry, buckets=_STEP_BUCKETS
         )

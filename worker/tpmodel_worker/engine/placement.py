@@ -9,6 +9,7 @@ from tpmodel_worker.engine.blocks import BlockPool
 from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
 from tpmodel_worker.engine.requests import SchedulerConfig
 from tpmodel_worker.engine.sequence import Sequence, SequenceStatus
+from tpmodel_worker.engine.suspects import is_suspect, on_trial
 
 
 class Placement:
@@ -27,6 +28,8 @@ class Placement:
         """In the order in which they are admitted."""
         self.last_arrival: int | None = None
         """Requests that came later are not admitted; None: all are."""
+        self.trials = False
+        """Whether there may be suspects, which are admitted first and one at a time."""
         self.running_requests = 0
         self.slots_used = 0
         self._free_slots = list(range(config.max_num_seqs))  # a heap: the lowest is taken first
@@ -49,9 +52,15 @@ class Placement:
 
     def candidates(self) -> list[Sequence]:
         """Those of the queue that may be placed, in order. A copy."""
-        if self.last_arrival is None:
-            return self.waiting.copy()
-        return [sequence for sequence in self.waiting if sequence.state.arrival <= self.last_arrival]
+        waiting = self.waiting
+        if self.last_arrival is not None:
+            waiting = [sequence for sequence in waiting if sequence.state.arrival <= self.last_arrival]
+        if self.trials:
+            suspect = on_trial(self.running(), waiting)
+            if suspect is not None:
+                return [sequence for sequence in waiting if sequence.state is suspect]
+            self.trials = any(is_suspect(sequence.state) for sequence in self.waiting)
+        return waiting.copy()
 
     def enqueue(self, sequence: Sequence) -> None:
         """Puts a sequence that holds nothing into the queue."""

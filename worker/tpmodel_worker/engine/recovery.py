@@ -10,7 +10,7 @@ from typing import Protocol
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import BuiltWorld
-from tpmodel_worker.engine.errors import ConfigurationError, PoolError
+from tpmodel_worker.engine.errors import ConfigurationError, NewerGenerationError, PodPartedError, PoolError
 from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.phases import RebuildTimes
@@ -20,6 +20,9 @@ from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)
+
+# A world that ends since that was asked for.
+_NOBODYS_FAULT = (NewerGenerationError, PodPartedError)
 
 
 class Faults(Protocol):
@@ -68,8 +71,15 @@ class Recovery:
         # Before anything is awaited: clients' health checks are to say so at once.
         self._status.set_phase(worker_pb2.PHASE_REBUILDING, cause=str(error))
         times = RebuildTimes(error.fault_kind, str(error), unix_seconds=self._clock())
-        keys = loop.suspend(self._patience)
+        held = loop.suspend(self._patience, blame=not isinstance(error.engine, _NOBODYS_FAULT))
+        keys = held.replayed
         fields = {"epoch": lost.pool.epoch}
+        for request_id in held.blamed:
+            self._metrics.blamed_requests.inc()
+            logger.error(
+                "request %s is failed: worlds are lost while they compute it", request_id,
+                extra=fields | {"request_id": request_id},
+            )  # fmt: skip
         logger.warning("rebuilding the world, %d requests will go on: %s", len(keys), error, extra=fields)
         built = await self._rebuild(lost, loop, times)
         return None if built is None else (built, times, keys)

@@ -12,6 +12,7 @@ from tpmodel.v1 import inference_pb2, worker_pb2
 INVALID_ARGUMENT = 3
 DEADLINE_EXCEEDED = 4
 RESOURCE_EXHAUSTED = 8
+INTERNAL = 13
 UNAVAILABLE = 14
 """Another gang, or this one later, may serve the request."""
 
@@ -108,6 +109,16 @@ class SequenceOutput:
     """google.rpc.Code and message: the whole request failed, nothing follows for the key."""
     retry_after: float = 0.0
     """With an error: seconds after which another try is worth it; 0: nothing is known of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the loss of a world means for the requests that were in it."""
+
+    replayed: list[Hashable]
+    """Keys of those that go on in the next one."""
+    blamed: list[str]
+    """Ids of those that were failed, since they may be what worlds are lost of."""
 
 
 class RefusedError(Exception):

@@ -11,9 +11,11 @@ from tpmodel_worker.engine.plan_ledger import PlanLedger, PlanRecord
 from tpmodel_worker.engine.planner import Draft, PlanCounts, Planner
 from tpmodel_worker.engine.requests import (
     DEADLINE_EXCEEDED,
+    INTERNAL,
     RESOURCE_EXHAUSTED,
     UNAVAILABLE,
     Admitted,
+    Held,
     InvalidRequestError,
     NeverFitsError,
     ProtocolError,
@@ -26,6 +28,7 @@ from tpmodel_worker.engine.requests import (
 )
 from tpmodel_worker.engine.sequence import RequestState, Sequence, SequenceStatus, make_samples
 from tpmodel_worker.engine.step_times import StepTimes
+from tpmodel_worker.engine.suspects import BLAMED_AFTER, is_suspect, note_lost_world, note_token
 
 __all__ = [
     "Admitted",
@@ -220,6 +223,7 @@ class Scheduler:
         self, sequence: Sequence, token_id: int, finished: int, logprobs: worker_pb2.TokenLogprobs | None
     ) -> None:
         sequence.token_ids.append(token_id)
+        note_token(sequence)
         length = len(sequence.token_ids)
         if length >= sequence.length_limit and not finished:
             raise ProtocolError(f"sample {sequence.sample_index} reached its {length} tokens and goes on")
@@ -294,19 +298,31 @@ class Scheduler:
 
     # --------------------------------------------------------------------------- between two worlds
 
-    def hold(self, patience: float) -> list[Hashable]:
+    def hold(self, patience: float, *, blame: bool = True) -> Held:
         """The world is lost: nothing is planned until `rebuild`, and everything waits.
 
-        patience: seconds that a request without a deadline of its own waits. Requests that come meanwhile
-        are queued as always. Returns the keys of those that had been admitted: they will be replayed.
+        Those that had been admitted will be replayed, but for requests that may be why worlds are lost: they fail.
+
+        Args:
+            patience: seconds that a request without a deadline of its own waits. Requests that come meanwhile are
+                queued as always.
+            blame: whether a request may be why this world was lost.
         """
         self._patience = patience
+        blamed = note_lost_world(self._requests.values()) if blame else []
+        for state in blamed:
+            message = (
+                f"{BLAMED_AFTER} worlds in a row were lost while they computed this request, the last one with no "
+                "other request that could be the reason: it is not tried again"
+            )
+            self._fail(state, INTERNAL, message)
         self._requeue_everything(self._config)
         self._next_deadline = None
         for state in self._requests.values():
             state.held_until = self._clock() + patience
             self._note_deadline(_deadline_of(state))
-        return [key for key, state in self._requests.items() if state.admitted]
+        replayed = [key for key, state in self._requests.items() if state.admitted]
+        return Held(replayed, [state.request.request_id for state in blamed])
 
     def rebuild(self, config: SchedulerConfig) -> None:
         """A new epoch: outstanding plans are forgotten, KV and prefix cache start empty.
@@ -332,6 +348,7 @@ class Scheduler:
                 if sample.status is not SequenceStatus.ENDED:
                     sample.forget_world()
                     self._placement.enqueue(sample)
+        self._placement.trials = any(is_suspect(state) for state in self._requests.values())
 
     # --------------------------------------------------------------------------- weight updates
 

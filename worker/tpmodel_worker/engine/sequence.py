@@ -34,6 +34,8 @@ class RequestState:
     samples_in_slots: int = 0
     admitted: bool = False
     """Whether a sample ever held a slot."""
+    fruitless_worlds: int = 0
+    """Worlds in a row that were lost around it before it proved itself in them (suspects.py)."""
     held_until: float | None = None
     """While there is no world: unix seconds at which a request without a deadline gives up waiting for one."""
 
@@ -62,6 +64,9 @@ class Sequence:
     finished: bool = False
     """A reply said so: no further token may arrive."""
 
+    tokens_in_world: int = 0
+    """Committed since the world began."""
+
     # While it runs.
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
@@ -87,6 +92,7 @@ class Sequence:
         self.slot = -1
         self.blocks = []
         self.block_hashes = []
+        self.tokens_in_world = 0
 
     @property
     def prefilling(self) -> bool:
