@@ -79,15 +79,15 @@ class PagedSequences:
         random.Random(seed).shuffle(blocks)
         self._tables = torch.tensor(blocks, dtype=torch.int32).view(sequences, per_sequence)
         shape, state = (len(blocks) + 1, block_size, model.kv_heads, model.head_dim), model.state_shape
-        self._caches: list[LayerCache] = []
+        self.caches: list[LayerCache] = []
         for keeps_state in model.keeps_state:
             if keeps_state and state is not None:
                 convolution = torch.zeros((sequences, *state.convolution), dtype=dtype, device=device)
-                self._caches.append(LayerState(convolution, torch.zeros((sequences, *state.recurrent), device=device)))
+                self.caches.append(LayerState(convolution, torch.zeros((sequences, *state.recurrent), device=device)))
                 continue
             # Rows that nothing has written hold what would show: attention must not read them.
             keys, values = (torch.full(shape, 1e3, dtype=dtype, device=device) for _ in range(2))
-            self._caches.append(LayerKvCache(keys, values))
+            self.caches.append(LayerKvCache(keys, values))
         self.lengths = [0] * sequences
 
     def batch(self, chunks: Sequence[tuple[int, Sequence[int]]]) -> ForwardBatch:
@@ -121,7 +121,7 @@ class PagedSequences:
     def step(self, chunks: Sequence[tuple[int, Sequence[int]]]) -> dict[int, torch.Tensor]:
         """Computes the chunks; each sequence's logits shard, (tokens, vocab_shard)."""
         batch = self.batch(chunks)
-        logits = self._model(batch, self._caches)
+        logits = self._model(batch, self.caches)
         ordered = sorted(chunks, key=lambda chunk: len(chunk[1]) > 1)
         parts = logits.split(batch.query_lengths)
         for sequence, tokens in chunks:

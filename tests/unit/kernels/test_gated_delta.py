@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from support.gated_delta import TAPS, DeltaCase, make_batch, random
 from tpmodel_worker.kernels.gated_delta import prepare_gated_delta
-from tpmodel_worker.models.batch import ForwardBatch, LayerState
+from tpmodel_worker.models.batch import LayerState
 
-TAPS, CHANNELS, KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM, SLOTS = 3, 5, 2, 6, 8, 4, 9
-
-
-def random(generator, *shape):
-    return torch.randn(shape, generator=generator)
-
-
-def make_batch(lengths, slots, device="cpu") -> ForwardBatch:
-    """Only what the kernels read is filled in; sequences of one token come first, as decodes."""
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    values: dict[str, Any] = dict.fromkeys(ForwardBatch.__slots__, None)
-    values |= {
-        "token_ids": torch.zeros(sum(lengths), dtype=torch.int64, device=device),
-        "slots": torch.tensor(slots, device=device),
-        "query_starts": starts.to(torch.int32).to(device),
-        "decodes": sum(length == 1 for length in lengths),
-        "query_lengths": tuple(lengths),
-    }
-    return ForwardBatch(**values)
+CHANNELS, SLOTS = 5, 9
+SIZES = KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 6, 8, 4
 
 
 def make_state(generator, device="cpu") -> LayerState:
@@ -37,16 +19,12 @@ def make_state(generator, device="cpu") -> LayerState:
     return LayerState(random(generator, SLOTS, TAPS, CHANNELS).to(device), recurrent.to(device))
 
 
-def attend(batch, inputs, state):
-    query, key, value, decay, beta = inputs
-    return prepare_gated_delta(batch, TAPS).attend(query, key, value, decay, beta, state)
-
-
-def plain_rule(query, key, value, decay, beta, memory):
+def plain_rule(case, memory):
     """One sequence: outputs and the memory after it."""
     outputs = []
     sharers = VALUE_HEADS // KEY_HEADS
-    query, key, value, decay, beta = (tensor.double() for tensor in (query, key, value, decay, beta))
+    decay, beta = case.gates.decay().double(), case.gates.beta().double()
+    query, key, value = (part.double() for part in case.parts)
     query = F.normalize(query, dim=-1) / KEY_DIM**0.5
     key = F.normalize(key, dim=-1)
     memory = memory.double().clone()
@@ -62,21 +40,15 @@ def plain_rule(query, key, value, decay, beta, memory):
 def check_rule(lengths, device="cpu"):
     generator = torch.Generator().manual_seed(sum(lengths))
     slots = torch.randperm(SLOTS, generator=generator)[: len(lengths)].tolist()
-    tokens = sum(lengths)
-    query, key = (random(generator, tokens, KEY_HEADS, KEY_DIM) for _ in range(2))
-    value = random(generator, tokens, VALUE_HEADS, VALUE_DIM)
-    decay = -random(generator, tokens, VALUE_HEADS).abs() / 4
-    beta = random(generator, tokens, VALUE_HEADS).sigmoid()
+    case = DeltaCase.random(generator, sum(lengths), SIZES)
     state = make_state(generator, device)
     before = state.recurrent.cpu().clone()
-    inputs = [tensor.to(device) for tensor in (query, key, value, decay, beta)]
-    output = attend(make_batch(lengths, slots, device), inputs, state).cpu()
+    output = case.on(device).attend(make_batch(lengths, slots, device), state).cpu()
     after = state.recurrent.cpu()
     start = 0
     for length, slot in zip(lengths, slots, strict=True):
-        rows = slice(start, start + length)
-        expected, memory = plain_rule(*(tensor[rows] for tensor in (query, key, value, decay, beta)), before[slot])
-        assert float((output[rows] - expected).abs().max()) < 1e-5
+        expected, memory = plain_rule(case.rows(start, start + length), before[slot])
+        assert float((output[start : start + length] - expected).abs().max()) < 1e-5
         assert float((after[slot] - memory).abs().max()) < 1e-5
         start += length
     others = [slot for slot in range(SLOTS) if slot not in slots]
@@ -131,15 +103,12 @@ def test_the_convolution_goes_on_from_the_last_tokens_on_cuda(lengths):
 def test_a_cut_of_a_sequence_changes_nothing():
     """A prompt in chunks of odd sizes, its last tokens one by one."""
     generator = torch.Generator().manual_seed(1)
-    inputs = [random(generator, 100, KEY_HEADS, KEY_DIM) for _ in range(2)]
-    inputs.append(random(generator, 100, VALUE_HEADS, VALUE_DIM))
-    inputs += [-random(generator, 100, VALUE_HEADS).abs() / 8, random(generator, 100, VALUE_HEADS).sigmoid()]
+    case = DeltaCase.random(generator, 100, SIZES)
     whole_state, cut_state = (make_state(torch.Generator().manual_seed(2)) for _ in range(2))
-    whole = attend(make_batch([100], [4]), inputs, whole_state)
+    whole = case.attend(make_batch([100], [4]), whole_state)
     parts, start = [], 0
     for length in (7, 70, 20, 1, 1, 1):
-        piece = [tensor[start : start + length] for tensor in inputs]
-        parts.append(attend(make_batch([length], [4]), piece, cut_state))
+        parts.append(case.rows(start, start + length).attend(make_batch([length], [4]), cut_state))
         start += length
     assert float((torch.cat(parts) - whole).abs().max()) < 1e-5
     assert float((cut_state.recurrent - whole_state.recurrent).abs().max()) < 1e-5

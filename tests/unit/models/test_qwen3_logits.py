@@ -172,7 +172,7 @@ def test_a_batch_without_sample_rows_gives_no_logits(tmp_path):
         paged = PagedSequences(shard, 1, max_length=8)
         batch = paged.batch([(0, [1, 2, 3])])
         object.__setattr__(batch, "sample_rows", torch.empty(0, dtype=torch.int64))
-        return shard(batch, paged._caches).shape
+        return shard(batch, paged.caches).shape
 
     assert LockstepWorld(1).run(run) == [(0, 512)]
 

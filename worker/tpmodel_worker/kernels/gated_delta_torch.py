@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-from tpmodel_worker.kernels.gated_delta import GatedDelta
+from tpmodel_worker.kernels.gated_delta import DeltaGates, GatedDelta
 from tpmodel_worker.models.batch import ForwardBatch, LayerState
 
 PIECE = 64
@@ -43,7 +43,7 @@ class Pieces:
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
+class RuleInputs:
     """GatedDelta.attend's, in float32, queries and keys of their length."""
 
     query: torch.Tensor
@@ -57,9 +57,9 @@ class _Inputs:
         """Value heads of one key head."""
         return self.value.shape[1] // self.key.shape[1]
 
-    def first(self, rows: int) -> _Inputs:
+    def first(self, rows: int) -> RuleInputs:
         """Those of the first tokens."""
-        return _Inputs(self.query[:rows], self.key[:rows], self.value[:rows], self.decay[:rows], self.beta[:rows])
+        return RuleInputs(self.query[:rows], self.key[:rows], self.value[:rows], self.decay[:rows], self.beta[:rows])
 
 
 class TorchGatedDelta(GatedDelta):
@@ -86,7 +86,7 @@ class TorchGatedDelta(GatedDelta):
 
         self._convolved = sources(owner, place, taps + 1)
         self._kept = sources(index, lengths, taps).flatten()
-        self._pieces = _cut(batch) if batch.decodes < sequences else None
+        self._pieces = cut_chunks(batch) if batch.decodes < sequences else None
 
     def convolve(self, features: torch.Tensor, weight: torch.Tensor, state: LayerState) -> torch.Tensor:
         """See GatedDelta.convolve."""
@@ -101,24 +101,23 @@ class TorchGatedDelta(GatedDelta):
         return F.silu(total).to(features.dtype)
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        decay: torch.Tensor,
-        beta: torch.Tensor,
-        state: LayerState,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gates: DeltaGates, state: LayerState
     ) -> torch.Tensor:
         """See GatedDelta.attend."""
-        query = _unit(query) * query.shape[-1] ** -0.5
-        inputs = _Inputs(query, _unit(key), value.float(), decay, beta)
+        inputs = rule_inputs(query, key, value, gates)
         outputs: list[torch.Tensor] = []
         if self._decodes:
             outputs.append(_decode(inputs.first(self._decodes), state.recurrent, self._slots[: self._decodes]))
         if self._pieces is not None:
-            outputs.append(_prefill(self._pieces, inputs, state.recurrent))
+            outputs.append(prefill_pieces(self._pieces, inputs, state.recurrent))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.to(value.dtype)
+
+
+def rule_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gates: DeltaGates) -> RuleInputs:
+    """From GatedDelta.attend's arguments."""
+    query = _unit(query) * query.shape[-1] ** -0.5
+    return RuleInputs(query, _unit(key), value.float(), gates.decay(), gates.beta())
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:
@@ -126,7 +125,7 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
     return vectors * (vectors.square().sum(-1, keepdim=True) + _EPSILON).rsqrt()
 
 
-def _decode(inputs: _Inputs, recurrent: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def _decode(inputs: RuleInputs, recurrent: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """One token of each sequence: (D, value_heads, value_dim)."""
     key = inputs.key.repeat_interleave(inputs.sharers, dim=1)
     query = inputs.query.repeat_interleave(inputs.sharers, dim=1)
@@ -138,7 +137,7 @@ def _decode(inputs: _Inputs, recurrent: torch.Tensor, slots: torch.Tensor) -> to
     return (query.unsqueeze(2) @ memory).squeeze(2)
 
 
-def _prefill(pieces: Pieces, inputs: _Inputs, recurrent: torch.Tensor) -> torch.Tensor:
+def prefill_pieces(pieces: Pieces, inputs: RuleInputs, recurrent: torch.Tensor) -> torch.Tensor:
     """All prefill chunks: (their tokens, value_heads, value_dim)."""
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
@@ -180,7 +179,8 @@ def _prefill(pieces: Pieces, inputs: _Inputs, recurrent: torch.Tensor) -> torch.
     return output.transpose(1, 2).flatten(0, 1).index_select(0, pieces.places)
 
 
-def _cut(batch: ForwardBatch) -> Pieces:
+def cut_chunks(batch: ForwardBatch) -> Pieces:
+    """The prefill chunks of a batch."""
     lengths = np.array(batch.query_lengths, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
     chunks = np.arange(batch.decodes, len(lengths))

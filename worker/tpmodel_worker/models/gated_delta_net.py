@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
-from tpmodel_worker.kernels.gated_delta import GatedDelta
+from tpmodel_worker.kernels.gated_delta import DeltaGates, GatedDelta
 from tpmodel_worker.kernels.linear import linear
 from tpmodel_worker.models.batch import LayerState, StateShape
 from tpmodel_worker.models.config_types import LinearAttentionConfig
@@ -49,13 +49,12 @@ class GatedDeltaNet(nn.Module):
         heads = self.heads
         features, gate, beta, step = self.in_proj(hidden).split(heads.projected, dim=-1)
         query, key, value = delta.convolve(features, self.conv1d.weight, state).split(heads.convolved, dim=-1)
-        decay = -self.A_log.weight.exp() * F.softplus(step.float() + self.dt_bias.weight)
+        gates = DeltaGates(step, beta, step_bias=self.dt_bias.weight, log_decay=self.A_log.weight)
         output = delta.attend(
             query.unflatten(-1, (-1, heads.key_dim)),
             key.unflatten(-1, (-1, heads.key_dim)),
             value.unflatten(-1, (-1, heads.value_dim)),
-            decay,
-            beta.float().sigmoid(),
+            gates,
             state,
         )
         return self.out_proj(self.norm(output, gate.unflatten(-1, (-1, heads.value_dim))).flatten(1))
