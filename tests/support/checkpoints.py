@@ -95,6 +95,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"model_type": "qwen3_next", "mlp_only_layers": [3]} | HYBRID | HYBRID_EXPERTS,
     "qwen3_5": with_vision("qwen3_5", HYBRID),
     "qwen3_5_moe": with_vision("qwen3_5_moe", HYBRID | HYBRID_EXPERTS),
+    "qwen3_5_text": {"model_type": "qwen3_5_text"} | HYBRID,
+    "qwen3_5_moe_text": {"model_type": "qwen3_5_moe_text"} | HYBRID | HYBRID_EXPERTS,
 }
 
 

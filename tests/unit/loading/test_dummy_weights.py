@@ -110,6 +110,6 @@ def test_they_fill_a_transformers_model_that_answers_alike(architecture, world_s
     with torch.inference_mode():
         expected = theirs(prompt.unsqueeze(0)).logits[0]
     # Float32's error grows in the hybrid models' layers; a weight that went elsewhere gives logits of its own.
-    tolerance = 1e-4 if architecture["model_type"] in ("qwen3", "qwen3_moe") else 1e-3
+    tolerance = 1e-4 if architecture["model_type"] in ("qwen3", "qwen3_moe") else 3e-3
     assert float((logits - expected).abs().max()) < tolerance
     assert float(expected.std()) > 0.3, "weights that make all logits alike would hide errors"

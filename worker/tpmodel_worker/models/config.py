@@ -12,7 +12,12 @@ from typing import Any
 from tpmodel_worker.models.config_parts import read_eos
 from tpmodel_worker.models.config_reader import ConfigReader
 from tpmodel_worker.models.config_types import ConfigError, GenerationDefaults, ModelConfig, RopeConfig
-from tpmodel_worker.models.qwen3_5_config import parse_qwen3_5, parse_qwen3_5_moe
+from tpmodel_worker.models.qwen3_5_config import (
+    parse_qwen3_5,
+    parse_qwen3_5_moe,
+    parse_qwen3_5_moe_text,
+    parse_qwen3_5_text,
+)
 from tpmodel_worker.models.qwen3_config import parse_qwen3
 from tpmodel_worker.models.qwen3_moe_config import parse_qwen3_moe
 from tpmodel_worker.models.qwen3_next_config import parse_qwen3_next
@@ -34,6 +39,8 @@ _PARSERS: Mapping[str, Callable[[ConfigReader], ModelConfig]] = MappingProxyType
         "qwen3": parse_qwen3,
         "qwen3_5": parse_qwen3_5,
         "qwen3_5_moe": parse_qwen3_5_moe,
+        "qwen3_5_moe_text": parse_qwen3_5_moe_text,
+        "qwen3_5_text": parse_qwen3_5_text,
         "qwen3_moe": parse_qwen3_moe,
         "qwen3_next": parse_qwen3_next,
     }

@@ -11,7 +11,7 @@ from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config_types import ConfigError, ModelConfig
 from tpmodel_worker.models.qwen3 import Qwen3ForCausalLM
-from tpmodel_worker.models.qwen3_5 import Qwen35ForConditionalGeneration
+from tpmodel_worker.models.qwen3_5 import Qwen35ForCausalLM, Qwen35ForConditionalGeneration
 from tpmodel_worker.models.qwen3_moe import Qwen3MoeForCausalLM
 from tpmodel_worker.models.qwen3_next import Qwen3NextForCausalLM
 
@@ -21,6 +21,8 @@ _ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
         "qwen3": Qwen3ForCausalLM,
         "qwen3_5": Qwen35ForConditionalGeneration,
         "qwen3_5_moe": Qwen35ForConditionalGeneration,
+        "qwen3_5_moe_text": Qwen35ForCausalLM,
+        "qwen3_5_text": Qwen35ForCausalLM,
         "qwen3_moe": Qwen3MoeForCausalLM,
         "qwen3_next": Qwen3NextForCausalLM,
     }
