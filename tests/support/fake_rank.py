@@ -265,7 +265,14 @@ class FakeGang:
         """New channels to all ranks."""
         return [RankChannel(rank.endpoint, TOKEN) for rank in self.ranks]
 
-    def registration(self, *, attempt: int = 1, pod_uid: str = "local", without: Sequence[int] = ()) -> Any:
+    def registration(
+        self,
+        *,
+        attempt: int = 1,
+        pod_uid: str = "local",
+        without: Sequence[int] = (),
+        rendezvous: str = "127.0.0.1:1",
+    ) -> Any:
         """What the supervisor of these ranks says."""
         return worker_pb2.RegisterRequest(
             pod_uid=pod_uid,
@@ -276,7 +283,7 @@ class FakeGang:
                 for rank in self.ranks
                 if rank.rank not in without
             ],
-            rendezvous="127.0.0.1:1",
+            rendezvous=rendezvous,
         )
 
 

@@ -40,9 +40,9 @@ class FakeSupervisor(worker_pb2_grpc.SupervisorServiceServicer):
         if self._server is not None:
             await self._server.stop(grace=None)
 
-    def registration(self, *, attempt: int) -> worker_pb2.RegisterRequest:
+    def registration(self, *, attempt: int, rendezvous: str = "127.0.0.1:1") -> worker_pb2.RegisterRequest:
         """What it says of the ranks as they are now."""
-        request = self.gang.registration(attempt=attempt)
+        request = self.gang.registration(attempt=attempt, rendezvous=rendezvous)
         request.supervisor_port = self.port
         return request
 

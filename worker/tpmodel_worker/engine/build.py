@@ -18,6 +18,7 @@ from tpmodel_worker.engine.errors import (
     ConfigurationError,
     PoolError,
     RankFailure,
+    RendezvousMovedError,
     StaleAttemptError,
     WrongRankError,
 )
@@ -88,6 +89,8 @@ class WorldBuilder:
         self._checkpoint: Checkpoint | None = None
         self.pool: Pool | None = None
         """The newest one: of the world that is built, or being built."""
+        self._meets_at = ""
+        """The rendezvous of the ranks that are joining."""
 
     async def build(
         self, membership: Membership, *, on_phase: PhaseListener = _ignore, num_blocks: int = 0
@@ -140,6 +143,12 @@ class WorldBuilder:
                 else:
                     await asyncio.gather(*(channel.close() for channel in channels))
 
+    def rendezvous_is(self, rendezvous: str) -> None:
+        """Where ranks meet from now on: those that are joining at another store, which is gone, wait in vain."""
+        if self._meets_at and rendezvous and rendezvous != self._meets_at and self.pool is not None:
+            moved = RendezvousMovedError(f"the ranks meet at {self._meets_at}, but the store is {rendezvous} now")
+            self.pool.fault("the rendezvous has moved", moved)
+
     async def _next_epoch(self, channels: Sequence[RankChannel]) -> int:
         """An epoch above every one that a rank or this engine has seen."""
         answers = await asyncio.gather(*(_get_status(channel) for channel in channels))
@@ -174,12 +183,15 @@ class WorldBuilder:
             for endpoint in membership.ranks
         ]
         patience = Patience(settings.init_timeout + _JOIN_GRACE_SECONDS)
+        self._meets_at = membership.rendezvous
         try:
             replies = await pool.control(requests, patience, collective=True)
             on_phase("check")
             await pool.sanity_check(patience)
         except PoolError as error:
             raise BuildError("join", error) from error
+        finally:
+            self._meets_at = ""
         names = [reply.init_ok.communicator for reply in replies]
         self._status.set_rank_states("initialised", names)
         seconds = max(reply.init_ok.seconds for reply in replies)

@@ -51,6 +51,10 @@ class PodPartedError(NewerGenerationError):
     """A pod that drains has been let go: the next world is that of its successor."""
 
 
+class RendezvousMovedError(Exception):
+    """The ranks were to meet at a store that is gone; there is another one."""
+
+
 class ConfigurationError(Exception):
     """What was asked for can't work, however often it is tried: a person has to change something."""
 
@@ -142,6 +146,7 @@ _FAULT_KINDS: dict[type[Exception], str] = {
     ChecksumError: "checksum",
     NewerGenerationError: "newer_generation",
     PodPartedError: "pod_drained",
+    RendezvousMovedError: "rendezvous_moved",
     ProtocolError: "protocol",
     SanityCheckError: "sanity_check",
     StaleAttemptError: "stale_attempt",

@@ -114,6 +114,11 @@ class Members:
         """Where the supervisors of the registered pods listen, by pod UID."""
         return {uid: pod.supervisor for uid, pod in self._pods.items() if pod.supervisor}
 
+    @property
+    def rendezvous(self) -> str:
+        """Where the store is that ranks meet at; "": there is none."""
+        return next((pod.rendezvous for pod in self._pods.values() if pod.rendezvous), "")
+
     def has_pod(self, uid: str) -> bool:
         """Whether a pod is registered."""
         return uid in self._pods
@@ -133,7 +138,7 @@ class Members:
         """What the world still waits for, in words."""
         known = self.endpoints
         absent = [f"rank {rank}" for rank in range(self._world_size) if rank not in known]
-        return absent if self._rendezvous else [*absent, "the rendezvous store"]
+        return absent if self.rendezvous else [*absent, "the rendezvous store"]
 
     @property
     def complete(self) -> Membership | None:
@@ -141,7 +146,7 @@ class Members:
         if self.missing:
             return None
         known = self.endpoints
-        return Membership(self.version, tuple(known[rank] for rank in range(self._world_size)), self._rendezvous)
+        return Membership(self.version, tuple(known[rank] for rank in range(self._world_size)), self.rendezvous)
 
     async def changed(self, since: int, timeout: float) -> bool:
         """Waits until the version is above `since`; False when it is not in time."""
@@ -153,7 +158,3 @@ class Members:
         except TimeoutError:
             return False
         return True
-
-    @property
-    def _rendezvous(self) -> str:
-        return next((pod.rendezvous for pod in self._pods.values() if pod.rendezvous), "")

@@ -147,7 +147,9 @@ class Pool:
             error = PoolError(f"{name} failed", engine=unsent or late, ranks=exchange.failures.values())
             self._log_local_failure(error)
             if self._abort is not None:
-                self._error = error
+                # Where the engine has found a fault meanwhile, that is the cause of all others.
+                found = self._error
+                self._error = error if found is None else found.with_ranks(error.ranks)
                 error = await self.failed()
             raise error
         self._window.passed(seq)

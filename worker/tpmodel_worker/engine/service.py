@@ -153,7 +153,7 @@ class Engine:
         self._show_members()
         if self._settings.rebuilds:
             self._supervisors.follow(self._members.supervisors)
-            self.world.registered()
+        self.world.registered()
 
     def rebuild(self, source: str, generation: int) -> tuple[bool, int]:
         """Asks for the next world; whether that was news, and the source's newest generation.

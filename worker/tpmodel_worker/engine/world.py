@@ -162,7 +162,8 @@ class World:
 
     def registered(self) -> None:
         """A pod has presented its ranks: one that the world does not know takes the place of one that it had."""
-        if self._built is None:
+        self._builder.rendezvous_is(self._members.rendezvous)
+        if self._built is None or not self._settings.rebuilds:
             return
         for rank, endpoint in self._members.endpoints.items():
             self._built.pool.rank_replaced(rank, endpoint.pid)
