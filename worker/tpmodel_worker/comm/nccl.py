@@ -25,6 +25,7 @@ from tpmodel_worker.comm.communicator import (
     CommunicatorError,
 )
 from tpmodel_worker.comm.interfaces import interface_of
+from tpmodel_worker.comm.launches import EpochOverError, Launches
 from tpmodel_worker.comm.meeting import Meeting
 from tpmodel_worker.comm.specification import CommunicatorSpec
 from tpmodel_worker.comm.torch_group import TorchGroup
@@ -43,10 +44,7 @@ class NcclCommunicator(Communicator):
         self.device = device
         self._epoch = epoch
         self._group = group
-        self._ended = threading.Event()
-        self._reason = ""
-        # Held while the group is aborted: whoever comes second waits until that is done.
-        self._abort_lock = threading.Lock()
+        self._launches = Launches()
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         if tensor.dtype not in _SUMMED_TYPES:
@@ -74,42 +72,36 @@ class NcclCommunicator(Communicator):
 
     def abort(self, reason: str) -> None:
         """Ends the epoch: waiting kernels leave the device, later collectives raise. Idempotent."""
-        self._end(reason)
+        self._launches.end(reason, self._group.abort)
 
     def close(self) -> None:
         """Waits for the device and gives the group's memory and connections back. Idempotent."""
-        if not self._ended.is_set():
+        if not self._launches.over:
             torch.cuda.synchronize(self.device)
         # All collectives have ended on all ranks before a world is closed. Then abort does what an
         # orderly end would do, without waiting for the peers.
-        self._end("it was closed")
-
-    def _end(self, reason: str) -> None:
-        with self._abort_lock:
-            if self._ended.is_set():
-                return
-            self._reason = reason
-            self._ended.set()
-            self._group.abort()
+        self._launches.end("it was closed", self._group.abort)
 
     def _launch(self, operation: str, start: Callable[[], Work | None]) -> None:
-        self._check_ended(operation, None)
         try:
-            work = start()
+            with self._launches.launch():
+                work = start()
             if work is not None:
                 # Not launched on the current stream, so that has to wait for it; this thread does not.
                 work.wait()
+        except EpochOverError as error:
+            raise self._aborted(operation, error) from None
         except RuntimeError as error:
-            self._check_ended(operation, error)
+            try:
+                self._launches.check()
+            except EpochOverError as over:
+                raise self._aborted(operation, over) from error
             if isinstance(error, DistError):
                 raise CommunicatorError(f"rank {self.rank}: {operation} of epoch {self._epoch}: {error}") from error
             raise
 
-    def _check_ended(self, operation: str, cause: RuntimeError | None) -> None:
-        if self._ended.is_set():
-            raise CommunicatorAbortedError(
-                f"rank {self.rank}: {operation} of epoch {self._epoch} was aborted: {self._reason}"
-            ) from cause
+    def _aborted(self, operation: str, over: EpochOverError) -> CommunicatorAbortedError:
+        return CommunicatorAbortedError(f"rank {self.rank}: {operation} of epoch {self._epoch} was aborted: {over}")
 
 
 def build_nccl(spec: CommunicatorSpec, *, device: torch.device, meeting: Meeting) -> NcclCommunicator:

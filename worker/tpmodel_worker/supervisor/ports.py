@@ -41,7 +41,8 @@ def reserved_ports(settings: ServeSettings) -> Iterator[ServeSettings]:
     with contextlib.ExitStack() as held:
         numbers: dict[str, int] = {}
         ports = _LEADER_POD if settings.leads else _EVERY_POD
-        for name, option, faces_clients in ports:
+        # Those that may be any come last, since one that is asked for by number must not be taken by them.
+        for name, option, faces_clients in sorted(ports, key=lambda port: getattr(settings, port[0]) == 0):
             host = settings.host if faces_clients else settings.address
             port = getattr(settings, name)
             for other_name, other_option, _ in ports:
@@ -63,8 +64,11 @@ def _reserve(host: str, port: int, option: str) -> socket.socket:
                 probe.bind(address)
         reservation = socket.socket(family, socket.SOCK_STREAM)
         try:
-            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # After the bind where any port will do: the kernel would count those of this user's that have it as free.
+            if port:
+                reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             reservation.bind(address)
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         except OSError:
             reservation.close()
             raise
