@@ -95,4 +95,5 @@ class ModelSource(Model):
     (1024): requests that may wait. api_processes (1): processes that face clients. communicator (auto, shared_memory,
     gloo, nccl). step_deadline (5, on cpu 30): least seconds before a step counts as hung. respawn (fork): how
     a dead rank is replaced; spare is fastest and keeps a CUDA context on every device of a pod, cold is slowest and
-    keeps nothing. dummy_seed: for loadFormat dummy."""
+    keeps nothing. expert_parallel (false): every rank holds some experts of a mixture of experts whole, instead of a
+    part of each. dummy_seed: for loadFormat dummy."""

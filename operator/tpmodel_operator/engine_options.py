@@ -35,6 +35,7 @@ ENGINE_OPTIONS: dict[str, OptionShape] = {
     "communicator": OptionShape("^(auto|shared_memory|gloo|nccl)$", "auto, shared_memory, gloo or nccl"),
     "step_deadline": _SECONDS,
     "respawn": OptionShape("^(cold|fork|spare)$", "cold, fork or spare"),
+    "expert_parallel": _FLAG,
     "dummy_seed": OptionShape("^[0-9]{1,18}$", "a whole number"),
 }
 

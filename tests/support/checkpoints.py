@@ -74,6 +74,8 @@ HYBRID_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 40,
     "shared_expert_intermediate_size": 44,
 }
+# As many as 2 and 4 ranks can share.
+WHOLE_EXPERTS: dict[str, Any] = {"num_experts": 12}
 VISION: dict[str, Any] = {
     "depth": 1,
     "hidden_size": 32,

@@ -22,9 +22,15 @@ from tpmodel_worker.models.config import ModelConfig, read_model_config
 from tpmodel_worker.models.registry import build_model
 
 
-def load_shard(checkpoint: Path, communicator: Communicator, dtype: torch.dtype = torch.float32) -> CausalLanguageModel:
+def load_shard(
+    checkpoint: Path,
+    communicator: Communicator,
+    dtype: torch.dtype = torch.float32,
+    *,
+    expert_parallel: bool = False,
+) -> CausalLanguageModel:
     """One rank's shard of a checkpoint, without a supervisor."""
-    config = read_model_config(checkpoint, world_size=communicator.world_size)
+    config = read_model_config(checkpoint, world_size=communicator.world_size, expert_parallel=expert_parallel)
     model, plan, arena = _empty_shard(config, communicator, dtype)
     entries = read_checkpoint(list_checkpoint_files(checkpoint))
     plan = plan_weights(model, entries)
@@ -130,13 +136,19 @@ class PagedSequences:
 
 
 def world_logits(
-    checkpoint: Path, world_size: int, steps: Sequence[Sequence[tuple[int, Sequence[int]]]], *, max_length: int
+    checkpoint: Path,
+    world_size: int,
+    steps: Sequence[Sequence[tuple[int, Sequence[int]]]],
+    *,
+    max_length: int,
+    expert_parallel: bool = False,
 ) -> dict[int, torch.Tensor]:
     """Logits of every token of every sequence, gathered over a world of threads: (tokens, padded vocabulary)."""
 
     def run(communicator: LockstepCommunicator) -> dict[int, torch.Tensor]:
         sequences = 1 + max(sequence for step in steps for sequence, _ in step)
-        paged = PagedSequences(load_shard(checkpoint, communicator), sequences, max_length=max_length)
+        shard = load_shard(checkpoint, communicator, expert_parallel=expert_parallel)
+        paged = PagedSequences(shard, sequences, max_length=max_length)
         collected: dict[int, list[torch.Tensor]] = {}
         for step in steps:
             for sequence, logits in paged.step(step).items():

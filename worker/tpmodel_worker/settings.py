@@ -41,6 +41,8 @@ class ServeSettings:
     world_size: int = 1
     ranks_per_pod: int = 0
     """0: all ranks are in one pod."""
+    expert_parallel: bool = False
+    """Mixture of experts: whether every rank holds some experts whole, instead of a part of each."""
     pod_index: int = 0
     """0 is the leader pod, which has the engine and faces the clients."""
     device: Device = "cpu"

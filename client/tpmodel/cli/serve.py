@@ -55,6 +55,8 @@ class ByteSize(click.ParamType):
 @click.option("--kv-cache-memory", type=ByteSize(), default=0, help="KV cache of each rank, such as 2Gi.")
 @click.option("--load-format", type=click.Choice(["safetensors", "dummy"]), default="safetensors", show_default=True)
 @click.option("--dummy-seed", type=int, default=0, help="Seed of --load-format dummy.")
+@click.option("--expert-parallel", is_flag=True,
+              help="Mixture of experts: every rank holds some experts whole, instead of a part of each.")  # fmt: skip
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its start.")
 @click.option("--queue-limit", type=click.IntRange(min=1), default=1024, show_default=True, help="Waiting requests.")
 @click.option("--communicator", type=click.Choice(["auto", "shared_memory", "gloo", "nccl"]), default="auto")
@@ -122,6 +124,7 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         device=device,
         communicator=options["communicator"],
         share_devices=options["share_devices"],
+        expert_parallel=options["expert_parallel"],
         recovery_mode="InPlace" if options["recovery"] == "in-place" else "Restart",
         rebuild_wait=options["rebuild_wait"],
         rebuild_limit=options["rebuild_limit"],

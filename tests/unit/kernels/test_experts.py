@@ -38,6 +38,28 @@ def test_every_token_meets_its_experts(tokens):
     assert float((mix_experts(*case) - plain(*case)).abs().max()) < 1e-5
 
 
+def check_shares(tokens, tolerance, **changes):
+    """Two halves of the experts, each without the other's, add up to all of them."""
+    hidden, ids, weights, gate_up, down = case = make_case(tokens, experts=8, **changes)
+    halves = [
+        mix_experts(hidden, ids, weights, gate_up[first : first + 4], down[first : first + 4], first=first)
+        for first in (0, 4)
+    ]
+    assert float((halves[0].double() + halves[1].double() - plain(*case)).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_experts_that_are_elsewhere_add_nothing(tokens):
+    check_shares(tokens, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
+def test_experts_that_are_elsewhere_add_nothing_on_cuda(tokens, dtype, tolerance):
+    check_shares(tokens, tolerance, dtype=dtype, device="cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])

@@ -38,7 +38,12 @@ class ServedModel:
     def load(cls, settings: ServeSettings) -> ServedModel:
         """Reads the checkpoint folder; raises ConfigError."""
         folder = settings.model_path
-        config = read_model_config(folder, world_size=settings.world_size, max_model_len=settings.max_model_len)
+        config = read_model_config(
+            folder,
+            world_size=settings.world_size,
+            max_model_len=settings.max_model_len,
+            expert_parallel=settings.expert_parallel,
+        )
         tokenizer = Tokenizer.load(folder)
         template = None
         if tokenizer is not None:

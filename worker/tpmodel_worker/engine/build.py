@@ -268,6 +268,7 @@ class WorldBuilder:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             block_size=settings.block_size,
             kv_cache_bytes=settings.kv_cache_bytes,
+            expert_parallel=settings.expert_parallel,
         )
 
     def _check_capacity(self, num_blocks: int, block_bytes: int) -> None:

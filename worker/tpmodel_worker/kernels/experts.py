@@ -22,6 +22,8 @@ def mix_experts(
     expert_weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    *,
+    first: int | None = None,
 ) -> torch.Tensor:
     """The sum over a token's experts of weight * down(silu(gate(x)) * up(x)).
 
@@ -31,22 +33,31 @@ def mix_experts(
         expert_weights: (T, k), what each expert's output counts, in hidden's dtype.
         gate_up: (experts, 2 * features, hidden size), of each expert the gate's rows, then those of up.
         down: (experts, hidden size, features).
+        first: the id of the first of these experts, where others are elsewhere: those add nothing. None: these are all.
 
     Returns:
         (T, hidden size) in hidden's dtype. The k outputs of a token are added in the order of expert_ids, so that no
         other token changes the result. On CUDA nothing waits for the device where can_group says True.
     """
     tokens, per_token = expert_ids.shape
-    flat = expert_ids.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.zeros(gate_up.shape[0], dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    experts = gate_up.shape[0]
+    places = expert_ids.flatten()
+    if first is not None:
+        # Rows of experts that are not here come last, where no product reaches.
+        places = places - first
+        places = torch.where((places >= 0) & (places < experts), places, experts)
+    order = places.argsort(stable=True)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=places.device)
+    counts = counts.scatter_add_(0, places, torch.ones_like(places))[:experts]
     rows = hidden.index_select(0, order // per_token)
     if can_group(hidden, gate_up, down):
         outputs = multiply_grouped(rows, counts, gate_up, down)
     else:
         outputs = multiply_looped(rows, counts, gate_up, down)
     outputs *= expert_weights.flatten().index_select(0, order).unsqueeze(1)
+    if first is not None:
+        # What is in the last rows is no number that anything computed.
+        outputs.masked_fill_((places.index_select(0, order) == experts).unsqueeze(1), 0)
     sorted_back = torch.empty_like(outputs).index_copy_(0, order, outputs)
     return sorted_back.unflatten(0, (tokens, per_token)).sum(1)
 
@@ -60,7 +71,10 @@ def can_group(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -
 def multiply_grouped(
     rows: torch.Tensor, counts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """The experts' outputs for rows sorted by expert: (T * k, hidden size); the row counts stay on the device."""
+    """The experts' outputs for rows sorted by expert: (T * k, hidden size); the row counts stay on the device.
+
+    What rows after the last expert's get is not said.
+    """
     ends = counts.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
     return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)

@@ -52,6 +52,7 @@ def parse_model_config(
     *,
     world_size: int,
     max_model_len: int = 0,
+    expert_parallel: bool = False,
     generation_config: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """Checks a parsed config.json, and generation_config.json where there is one.
@@ -60,6 +61,7 @@ def parse_model_config(
         config: config.json.
         world_size: ranks that will share the model.
         max_model_len: longest sequence in tokens; 0: as long as the checkpoint allows.
+        expert_parallel: whether ranks hold whole experts.
         generation_config: generation_config.json; its end-of-sequence ids replace those of config.json.
 
     Raises:
@@ -80,11 +82,17 @@ def parse_model_config(
         generation=_read_generation(generation),
         max_model_len=_resolve_max_model_len(parsed, max_model_len),
     )
+    if expert_parallel:
+        if parsed.experts is None:
+            raise ConfigError(f"expert parallelism: model_type {model_type!r} has no experts; leave it off")
+        parsed = dataclasses.replace(parsed, experts=dataclasses.replace(parsed.experts, whole=True))
     check_world_size(parsed, world_size)
     return parsed
 
 
-def read_model_config(path: str | Path, *, world_size: int, max_model_len: int = 0) -> ModelConfig:
+def read_model_config(
+    path: str | Path, *, world_size: int, max_model_len: int = 0, expert_parallel: bool = False
+) -> ModelConfig:
     """Reads config.json and generation_config.json of a checkpoint folder. Raises as parse_model_config."""
     folder = Path(path)
     config = _read_json(folder / "config.json")
@@ -94,6 +102,7 @@ def read_model_config(path: str | Path, *, world_size: int, max_model_len: int =
         config,
         world_size=world_size,
         max_model_len=max_model_len,
+        expert_parallel=expert_parallel,
         generation_config=_read_json(folder / "generation_config.json"),
     )
 
@@ -142,7 +151,10 @@ def _divided_sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
     if config.has_dense_layers:
         yield "intermediate_size", config.intermediate_size
     if config.experts is not None:
-        yield "moe_intermediate_size", config.experts.intermediate_size
+        if config.experts.whole:
+            yield "num_experts", config.experts.count
+        else:
+            yield "moe_intermediate_size", config.experts.intermediate_size
         yield "shared_expert_intermediate_size", config.experts.shared_intermediate_size
     if config.linear_attention is not None:
         yield "linear_num_key_heads", config.linear_attention.key_heads

@@ -61,6 +61,8 @@ class ExpertsConfig:
     """The layers that have experts; the others are dense."""
     shared_intermediate_size: int = 0
     """Features of the expert that computes every token; 0: there is none."""
+    whole: bool = False
+    """Whether a rank holds some experts whole (expert parallelism), instead of a part of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +122,7 @@ class ModelConfig:
         """Elements that one token takes at most while a rank computes: residual stream and the widest layer."""
         widest = 4 * self.intermediate_size // world_size if self.has_dense_layers else 0
         if self.experts is not None:
-            features = 4 * self.experts.intermediate_size // world_size
+            features = 4 * self.experts.intermediate_size // (1 if self.experts.whole else world_size)
             widest = max(widest, self.experts.per_token * (3 * self.hidden_size + features))
         if self.linear_attention is not None:
             linear = self.linear_attention

@@ -1,4 +1,8 @@
-"""Mixture of experts: a router that every rank computes, experts split over their intermediate features."""
+"""Mixture of experts: a router that every rank computes, and experts that ranks share.
+
+Every rank holds a part of the intermediate features of each expert, or some experts whole (expert parallelism). Either
+way its output is a share of the sum: one all-reduce.
+"""
 
 from __future__ import annotations
 
@@ -30,101 +34,116 @@ class Router(ReplicatedLinear):
         return ids, weights.to(hidden.dtype)
 
 
-class ExpertsGateUp(ShardedModule):
-    """The gate and up projections of all experts: (experts, 2 * features / world size, hidden size)."""
+class ExpertShard:
+    """What one rank holds of the experts: a part of the features of each, or (whole) some experts with all features."""
 
-    def __init__(
-        self, experts: ExpertsConfig, hidden_size: int, communicator: Communicator, *, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.experts = experts.count
-        self.features = experts.intermediate_size
+    def __init__(self, experts: ExpertsConfig, hidden_size: int, communicator: Communicator) -> None:
+        self.total = experts.count
+        self.total_features = experts.intermediate_size
         self.hidden_size = hidden_size
-        self.share = divide(self.features, communicator.world_size)
-        self.start = communicator.rank * self.share
-        self.weight = empty_weight(self.experts, 2 * self.share, hidden_size, dtype=dtype)
+        self.whole = experts.whole
+        rank, world_size = communicator.rank, communicator.world_size
+        self.count = divide(self.total, world_size) if self.whole else self.total
+        """Experts of this rank."""
+        self.first = rank * self.count if self.whole else 0
+        """The lowest of them."""
+        self.features = self.total_features if self.whole else divide(self.total_features, world_size)
+        """Of each expert."""
+        self.start = 0 if self.whole else rank * self.features
+        """The lowest of them."""
+
+    def single_part(self, expert: int, projection: str, dimension: int, offset: int) -> TensorPart:
+        """This rank's part of the tensor that holds one expert's projection; nothing of an expert of another rank."""
+        here = self.first <= expert < self.first + self.count
+        shape = [self.hidden_size, self.hidden_size]
+        shape[dimension] = self.total_features
+        return TensorPart(
+            checkpoint_name=f"{expert}.{projection}.weight",
+            shape=tuple(shape),
+            dimension=dimension,
+            start=self.start,
+            length=self.features if here else 0,
+            offset=offset,
+            stack_index=expert - self.first if here else 0,
+        )
+
+    def whole_part(self, name: str, shape: tuple[int, ...]) -> TensorPart:
+        """Of a tensor that stacks all experts those of this rank."""
+        return TensorPart(checkpoint_name=name, shape=shape, dimension=0, start=self.first, length=self.count)
+
+
+class ExpertsGateUp(ShardedModule):
+    """The gate and up projections of this rank's experts: (experts, 2 * features, hidden size)."""
+
+    def __init__(self, shard: ExpertShard, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shard = shard
+        self.weight = empty_weight(shard.count, 2 * shard.features, shard.hidden_size, dtype=dtype)
 
     def parts(self, name: str) -> list[TensorPart]:
-        """Of the tensor that stacks all experts, a range of gate rows and the same range of up rows."""
-        shape = (self.experts, 2 * self.features, self.hidden_size)
+        """Of the tensor that stacks all experts, a range of gate rows and the same of up rows; or some experts."""
+        shard = self.shard
+        shape = (shard.total, 2 * shard.total_features, shard.hidden_size)
+        if shard.whole:
+            return [shard.whole_part(name, shape)]
         return [
             TensorPart(
                 checkpoint_name=name,
                 shape=shape,
                 dimension=1,
-                start=index * self.features + self.start,
-                length=self.share,
-                offset=index * self.share,
+                start=index * shard.total_features + shard.start,
+                length=shard.features,
+                offset=index * shard.features,
             )
             for index in range(2)
         ]
 
     def layouts(self, name: str) -> list[list[TensorPart]]:
         """All experts in one tensor, or two tensors for each expert."""
+        shard = self.shard
         single = [
-            TensorPart(
-                checkpoint_name=f"{expert}.{projection}.weight",
-                shape=(self.features, self.hidden_size),
-                dimension=0,
-                start=self.start,
-                length=self.share,
-                offset=index * self.share,
-                stack_index=expert,
-            )
-            for expert in range(self.experts)
+            shard.single_part(expert, projection, dimension=0, offset=index * shard.features)
+            for expert in range(shard.total)
             for index, projection in enumerate(("gate_proj", "up_proj"))
         ]
         return [self.parts(name), single]
 
 
 class ExpertsDown(ShardedModule):
-    """The down projections of all experts: (experts, hidden size, features / world size)."""
+    """The down projections of this rank's experts: (experts, hidden size, features)."""
 
-    def __init__(
-        self, experts: ExpertsConfig, hidden_size: int, communicator: Communicator, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, shard: ExpertShard, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.experts = experts.count
-        self.features = experts.intermediate_size
-        self.hidden_size = hidden_size
-        self.share = divide(self.features, communicator.world_size)
-        self.start = communicator.rank * self.share
-        self.weight = empty_weight(self.experts, hidden_size, self.share, dtype=dtype)
+        self.shard = shard
+        self.weight = empty_weight(shard.count, shard.hidden_size, shard.features, dtype=dtype)
 
     def parts(self, name: str) -> list[TensorPart]:
-        """A range of columns of the tensor that stacks all experts."""
-        shape = (self.experts, self.hidden_size, self.features)
-        return [TensorPart(checkpoint_name=name, shape=shape, dimension=2, start=self.start, length=self.share)]
+        """A range of columns of the tensor that stacks all experts; or some experts."""
+        shard = self.shard
+        shape = (shard.total, shard.hidden_size, shard.total_features)
+        if shard.whole:
+            return [shard.whole_part(name, shape)]
+        return [TensorPart(checkpoint_name=name, shape=shape, dimension=2, start=shard.start, length=shard.features)]
 
     def layouts(self, name: str) -> list[list[TensorPart]]:
         """All experts in one tensor, or one tensor for each expert."""
-        single = [
-            TensorPart(
-                checkpoint_name=f"{expert}.{name}.weight",
-                shape=(self.hidden_size, self.features),
-                dimension=1,
-                start=self.start,
-                length=self.share,
-                stack_index=expert,
-            )
-            for expert in range(self.experts)
-        ]
+        shard = self.shard
+        single = [shard.single_part(expert, name, dimension=1, offset=0) for expert in range(shard.total)]
         return [self.parts(name), single]
 
 
 class Experts(nn.Module):
-    """This rank's features of all experts."""
+    """What this rank holds of the experts."""
 
-    def __init__(
-        self, experts: ExpertsConfig, hidden_size: int, communicator: Communicator, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, shard: ExpertShard, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up_proj = ExpertsGateUp(experts, hidden_size, communicator, dtype=dtype)
-        self.down_proj = ExpertsDown(experts, hidden_size, communicator, dtype=dtype)
+        self.first = shard.first if shard.whole else None
+        self.gate_up_proj = ExpertsGateUp(shard, dtype=dtype)
+        self.down_proj = ExpertsDown(shard, dtype=dtype)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """(T, hidden size), (T, k), (T, k) -> (T, hidden size), this rank's share of the sum."""
-        return mix_experts(hidden, ids, weights, self.gate_up_proj.weight, self.down_proj.weight)
+        return mix_experts(hidden, ids, weights, self.gate_up_proj.weight, self.down_proj.weight, first=self.first)
 
 
 class SparseMlp(CommunicatingModule):
@@ -135,7 +154,7 @@ class SparseMlp(CommunicatingModule):
     ) -> None:
         super().__init__(communicator)
         self.gate = Router(experts, hidden_size, dtype=dtype)
-        self.experts = Experts(experts, hidden_size, communicator, dtype=dtype)
+        self.experts = Experts(ExpertShard(experts, hidden_size, communicator), dtype=dtype)
         self.shared_expert: SwigluMlp | None = None
         if experts.shared_intermediate_size:
             self.shared_expert = SwigluMlp(hidden_size, experts.shared_intermediate_size, communicator, dtype=dtype)

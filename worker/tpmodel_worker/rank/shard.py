@@ -47,6 +47,7 @@ class _Identity:
     dummy_seed: int
     max_model_len: int
     world_size: int
+    expert_parallel: bool
 
 
 @dataclass(slots=True)
@@ -124,6 +125,7 @@ class ShardHolder:
             dummy_seed=request.dummy_seed,
             max_model_len=request.max_model_len,
             world_size=communicator.world_size,
+            expert_parallel=request.expert_parallel,
         )
         kept = self._shard
         if kept is not None and kept.identity == identity:
@@ -298,7 +300,10 @@ def _parse(request: pb.LoadDenseShardRequest, world_size: int) -> tuple[ModelCon
             raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"{name} is {getattr(request, name)}: at least 1")
     try:
         config = parse_model_config(
-            json.loads(request.config_json), world_size=world_size, max_model_len=request.max_model_len
+            json.loads(request.config_json),
+            world_size=world_size,
+            max_model_len=request.max_model_len,
+            expert_parallel=request.expert_parallel,
         )
     except json.JSONDecodeError as error:
         raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"config_json is not JSON: {error}") from error

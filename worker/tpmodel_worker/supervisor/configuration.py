@@ -77,7 +77,10 @@ def check_model(settings: ServeSettings, flags: Flags = SERVE_FLAGS) -> ServeSet
     """
     try:
         model = read_model_config(
-            settings.model_path, world_size=settings.world_size, max_model_len=settings.max_model_len
+            settings.model_path,
+            world_size=settings.world_size,
+            max_model_len=settings.max_model_len,
+            expert_parallel=settings.expert_parallel,
         )
     except ConfigError as error:
         raise ConfigurationError(f"{settings.model_path}: {error}") from error

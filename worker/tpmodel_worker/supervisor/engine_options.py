@@ -74,6 +74,7 @@ _OPTIONS: Mapping[str, _Option] = MappingProxyType(
         "communicator": _Option("communicator", _choice(*_COMMUNICATORS), "auto, shared_memory, gloo or nccl"),
         "step_deadline": _Option("step_deadline", _seconds, "seconds, such as 30"),
         "respawn": _Option("respawn", _choice("cold", "fork", "spare"), "cold, fork or spare"),
+        "expert_parallel": _Option("expert_parallel", _flag, "true or false"),
         "dummy_seed": _Option("dummy_seed", _count(0, 2**63 - 1), "a whole number"),
     }
 )
