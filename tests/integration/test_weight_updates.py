@@ -9,8 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,193 +16,39 @@ import grpc
 import psutil
 import pytest
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from support.checkpoints import make_checkpoint, random_prompts
 from support.scale import WEIGHT_UPDATES
-from support.trainer import TOKEN, TrainedModel, chooses
-from tpmodel import Client, Result, TpmodelError
+from support.trainer import TOKEN, chooses
+from support.updated_server import PROMPTS, TOKENS, Served, Stream, eventually, raw_stream, serve
 from tpmodel.channel import metadata
-from tpmodel.local import LocalServer
 from tpmodel.trainer import Trainer, UpdateOptions, UpdateOrderError, WeightUpdateError, connect
-from tpmodel.v1 import inference_pb2, inference_pb2_grpc, weights_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tpmodel.v1 import weights_pb2 as pb
 
 TESTS = Path(__file__).parents[1]
-TOKENS = 24
-GREEDY = {"temperature": 0, "ignore_eos": True}
-PROMPTS = random_prompts(4, shortest=5, longest=40, vocabulary=512, seed=3)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {"buffer_size": 50_000},
     "unpacked": {"packed": False},
+    "indexed": {"transport": "indexed"},
+    "indexed shadow": {"transport": "indexed", "mode": "shadow"},
     "shadow": {"mode": "shadow", "buffer_size": 50_000, "buffer_count": 3},
 }
 
 
-@dataclass
-class Served:
-    """A server, and the model that a trainer updates it with."""
-
-    server: LocalServer
-    trained: TrainedModel
-    checkpoint: Path
-    version: int = 0
-
-    def connect(self, **options: Any) -> Trainer:
-        return connect(self.server.control_target, token=TOKEN, options={"deadline_seconds": 20, **options})
-
-    def next_version(self) -> int:
-        self.version += 1
-        return self.version
-
-    def update(self, trainer: Trainer, **arguments: Any) -> None:
-        """Trains, and sends a full set."""
-        self.trained.train()
-        self.send(trainer, **arguments)
-
-    def send(self, trainer: Trainer, **arguments: Any) -> None:
-        """Sends a full set."""
-        trainer.send_weights(self.trained.weights, version=self.next_version(), **arguments)
-
-    def check(self) -> None:
-        """Greedy output is that of transformers with the trainer's weights, made with its version."""
-        with Client(self.server.target) as client:
-            for prompt in PROMPTS:
-                result = client.complete(prompt, max_tokens=TOKENS, **GREEDY)
-                assert len(result.token_ids[0]) == TOKENS
-                assert self.trained.chooses(prompt, list(result.token_ids[0]))
-                assert result.completion.weight_versions == (self.version,)
-
-    def served(self) -> pb.ServedVersion:
-        with self.stub() as stub:
-            return stub.GetVersion(pb.GetVersionRequest(), metadata=metadata(TOKEN), timeout=10).served
-
-    def stub(self) -> StubContext:
-        return StubContext(self.server.control_target)
-
-    def state(self) -> worker_pb2.EngineState:
-        with grpc.insecure_channel(self.server.health_target) as channel:
-            stub = worker_pb2_grpc.StatusServiceStub(channel)
-            return stub.GangStatus(worker_pb2.GangStatusRequest(), timeout=10).engine
-
-    def ready(self) -> bool:
-        with grpc.insecure_channel(self.server.health_target) as channel:
-            request = health_pb2.HealthCheckRequest(service="tpmodel.v1.Ready")
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            reply = stub.Check(request, timeout=10)
-            return reply.status == health_pb2.HealthCheckResponse.SERVING
-
-    def heal(self) -> None:
-        """Whatever a test has left behind, a full set mends it."""
-        with self.connect() as trainer:
-            self.update(trainer)
-
-
-class StubContext:
-    """A bare stub, for calls that the trainer's side would not make."""
-
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target)
-
-    def __enter__(self) -> Any:
-        return weights_pb2_grpc.WeightServiceStub(self._channel)
-
-    def __exit__(self, *_: object) -> None:
-        self._channel.close()
-
-
-def serve(folder: Path, tp: int) -> Iterator[Served]:
-    checkpoint = make_checkpoint(folder / "checkpoint", seed=tp)
-    token_file = folder / "token"
-    token_file.write_text(f"{TOKEN}\n")
-    options = ["--dtype", "float32", "--kv-cache-memory", "8M", "--log-format", "text"]
-    options += ["--token-file", str(token_file)]
-    # Threads of torch's own that wait for each other are slow where processors are few.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(environment)) as server:
-        yield Served(server, TrainedModel(checkpoint), checkpoint)
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from serve(tmp_path_factory.mktemp("two"), 2)
+    with serve(tmp_path_factory.mktemp("two"), 2) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from serve(tmp_path_factory.mktemp("one"), 1)
+    with serve(tmp_path_factory.mktemp("one"), 1) as served:
+        yield served
 
 
 @pytest.fixture(params=["one_rank", "two_ranks"])
 def served(request: pytest.FixtureRequest) -> Served:
     return request.getfixturevalue(request.param)
-
-
-class Stream:
-    """A greedy request that runs in a thread of its own."""
-
-    def __init__(self, target: str, prompt: list[int], count: int) -> None:
-        self.result: Result | None = None
-        self.error: TpmodelError | None = None
-        self.tokens: list[int] = []
-        self._begun = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(target, prompt, count))
-        self._thread.start()
-
-    def _run(self, target: str, prompt: list[int], count: int) -> None:
-        with Client(target) as client:
-            try:
-                stream = client.generate(prompt, max_tokens=count, **GREEDY)
-                for chunk in stream:
-                    self.tokens += chunk.token_ids
-                    if len(self.tokens) > 4:
-                        self._begun.set()
-                self.result = stream.result()
-            except TpmodelError as error:
-                self.error = error
-            finally:
-                self._begun.set()
-
-    def begun(self) -> Stream:
-        assert self._begun.wait(30)
-        return self
-
-    def end(self) -> Stream:
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-        return self
-
-
-def raw_stream(target: str, *, begun: bool = True) -> Future[grpc.StatusCode]:
-    """A long request without a client that would try again; how it ends. begun: waits for its first tokens."""
-    started = threading.Event()
-    ended: Future[grpc.StatusCode] = Future()
-
-    def run() -> None:
-        sampling = inference_pb2.SamplingParams(temperature=0, ignore_eos=True, max_tokens=700)
-        ids = inference_pb2.TokenIds(ids=PROMPTS[0])
-        request = inference_pb2.GenerateRequest(token_ids=ids, sampling=sampling)
-        with grpc.insecure_channel(target) as channel:
-            try:
-                for response in inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60):
-                    if response.chunk.token_ids:
-                        started.set()
-                ended.set_result(grpc.StatusCode.OK)
-            except grpc.RpcError as error:
-                ended.set_result(error.code())  # pyright: ignore[reportAttributeAccessIssue]
-            finally:
-                started.set()
-
-    threading.Thread(target=run, daemon=True).start()
-    assert not begun or started.wait(30)
-    return ended
-
-
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -165,6 +165,11 @@ class ServeSettings:
         return Path(self.state_dir or self.runtime_dir) / f"rebuilds-{self.pod_uid}.json"
 
     @property
+    def weights_version_file(self) -> Path:
+        """Where the engine notes which version of the weights it committed."""
+        return Path(self.state_dir or self.runtime_dir) / f"weights-version-{self.pod_uid}"
+
+    @property
     def metrics_dir(self) -> Path:
         """Files through which all processes of the pod share their metrics."""
         return Path(self.runtime_dir) / "metrics"

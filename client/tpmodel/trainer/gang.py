@@ -12,6 +12,7 @@ from tpmodel.channel import metadata
 from tpmodel.trainer.errors import WeightUpdateError
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel.v1 import weights_pb2_grpc
+from tpmodel_worker.weights.numbering import indexed_tensors
 from tpmodel_worker.weights.packing import TensorInfo
 
 _CALL_SECONDS = 60.0
@@ -77,6 +78,10 @@ class Gang:
             raise ValueError(
                 f"{tensor.name} has shape {tensor.shape}, the model of {self.target} has {tuple(parameter.shape)}"
             )
+
+    def indexed_set(self) -> pb.UpdateRequest:
+        """Every tensor that is not tied, in the order of its index."""
+        return indexed_tensors(list(self.parameters.values()))
 
     def close(self) -> None:
         """Closes the connection. Idempotent."""

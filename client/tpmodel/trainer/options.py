@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from tpmodel_worker.weights.packing import MAX_BUFFERS
 
 Mode = Literal["in_place", "shadow"]
+Transport = Literal["ordered", "indexed"]
 Running = Literal["finish", "keep", "abort"]
 
 
@@ -19,6 +20,9 @@ class UpdateOptions:
 
     mode: Mode = "in_place"
     """in_place overwrites the weights in use, generation pauses; shadow fills a second arena while the old serves."""
+    transport: Transport = "ordered"
+    """ordered: what comes next is announced, members prove to know the token. indexed: an index goes before every
+    tensor, as trainers do it that use tpmodel-weight-updater; slower, and whoever has the address may send."""
     packed: bool = True
     """Many tensors in one broadcast; otherwise one for each."""
     buffer_size: int = 1 << 28
@@ -29,6 +33,8 @@ class UpdateOptions:
     """Tensors of an iterator are announced in groups of about this size, and held here until they are sent."""
     device: str = "cpu"
     """Where the trainer sends from: cpu, or cuda:N. The gangs' kind of device."""
+    backend: Literal["", "nccl", "gloo"] = ""
+    """Of all members; empty: nccl on GPUs, gloo on CPUs. gloo also takes GPUs that several members share, slowly."""
     address: str = ""
     """IP of the trainer that the ranks reach it by; empty: the one from which it reaches the first gang."""
     join_seconds: float = 60.0
@@ -39,6 +45,10 @@ class UpdateOptions:
     def __post_init__(self) -> None:
         if self.mode not in ("in_place", "shadow"):
             raise ValueError(f"mode is {self.mode!r}: in_place or shadow")
+        if self.transport not in ("ordered", "indexed"):
+            raise ValueError(f"transport is {self.transport!r}: ordered or indexed")
+        if self.backend not in ("", "nccl", "gloo"):
+            raise ValueError(f"backend is {self.backend!r}: nccl or gloo")
         if self.buffer_size < 1 or self.group_bytes < 1:
             raise ValueError(f"buffer_size {self.buffer_size} and group_bytes {self.group_bytes}: at least 1")
         if not 1 <= self.buffer_count <= MAX_BUFFERS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -14,28 +14,25 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from tpmodel.trainer.errors import UpdateOrderError, WeightUpdateError
-from tpmodel.trainer.gang import Gang, UpdateCall
+from tpmodel.trainer.gang import Gang
 from tpmodel.trainer.options import Running, UpdateOptions
+from tpmodel.trainer.transfer import Progress
+from tpmodel.trainer.update import Update, Weights
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
 from tpmodel_worker.comm.rendezvous import start_store
-from tpmodel_worker.weights.broadcast import Broadcaster
 from tpmodel_worker.weights.group import join_update_group
-from tpmodel_worker.weights.packing import TensorInfo, describe, write_update
+from tpmodel_worker.weights.indexed_group import IndexedGroups, join_indexed_groups
+from tpmodel_worker.weights.packing import TensorInfo, describe
 from tpmodel_worker.weights.ranks import TRAINER
-
-Weights = Mapping[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]] | Sequence[tuple[str, torch.Tensor]]
-Progress = Callable[[int, int], None]
-"""Called with bytes sent, and bytes of the whole update where they are known, else 0."""
 
 _RUNNING = {
     "finish": pb.RUNNING_REQUESTS_FINISH,
     "keep": pb.RUNNING_REQUESTS_KEEP,
     "abort": pb.RUNNING_REQUESTS_ABORT,
 }
+_TRANSPORTS = {"ordered": pb.UPDATE_TRANSPORT_ORDERED, "indexed": pb.UPDATE_TRANSPORT_INDEXED}
 _MODES = {"in_place": pb.UPDATE_MODE_IN_PLACE, "shadow": pb.UPDATE_MODE_SHADOW}
-_FINISH_SECONDS = 3600.0
-
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +69,7 @@ class Trainer:
         self.options = options
         self._token = token
         self._gangs = [Gang(target, token) for target in targets]
-        self._group: Communicator | None = None
+        self._group: Communicator | IndexedGroups | None = None
         self._store: TCPStore | None = None
         self._update: Update | None = None
 
@@ -114,17 +111,7 @@ class Trainer:
             ]
             failure: Exception | None = None
             try:
-                self._group = join_update_group(
-                    master_address=address,
-                    master_port=store.port,
-                    rank=TRAINER,
-                    size=1 + ranks,
-                    device=torch.device(options.device),
-                    token=self._token,
-                    address=address,
-                    timeout_seconds=options.join_seconds,
-                    deadline_seconds=options.deadline_seconds,
-                )
+                self._group = self._join_group(address, store.port, 1 + ranks)
             except CommunicatorError as error:
                 failure = error
             for future in joining:
@@ -132,6 +119,34 @@ class Trainer:
                 future.result()
         if failure is not None:
             raise WeightUpdateError("ABORTED", f"the group could not be joined: {failure}") from failure
+
+    def _join_group(self, address: str, port: int, size: int) -> Communicator | IndexedGroups:
+        options = self.options
+        device = torch.device(options.device)
+        if options.transport == "indexed":
+            return join_indexed_groups(
+                master_address=address,
+                master_port=port,
+                rank=TRAINER,
+                size=size,
+                device=device,
+                address=address,
+                backend=options.backend,
+                timeout_seconds=options.join_seconds,
+                deadline_seconds=options.deadline_seconds,
+            )
+        return join_update_group(
+            master_address=address,
+            master_port=port,
+            rank=TRAINER,
+            size=size,
+            device=device,
+            token=self._token,
+            address=address,
+            backend=options.backend,
+            timeout_seconds=options.join_seconds,
+            deadline_seconds=options.deadline_seconds,
+        )
 
     @contextlib.contextmanager
     def update(self, version: int, *, running: Running = "keep") -> Iterator[Update]:
@@ -158,6 +173,7 @@ class Trainer:
             yield update
             update._finish(version)
         except BaseException as error:
+            update._cancel()
             self._abort(f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -220,7 +236,7 @@ class Trainer:
         first = self._gangs[0]
         kind = torch.device(self.options.device).type
         for gang in self._gangs:
-            if gang.device != kind:
+            if gang.device != kind and self.options.backend != "gloo":
                 raise ValueError(f"gang {gang.target} is on {gang.device}, the trainer's device is {kind}")
             if (gang.world_size, gang.parameters) != (first.world_size, first.parameters):
                 raise ValueError(f"gangs {first.target} and {gang.target} have other models or world sizes")
@@ -235,105 +251,9 @@ class Trainer:
             gang_index=index,
             timeout_seconds=self.options.join_seconds,
             deadline_seconds=self.options.deadline_seconds,
+            transport=_TRANSPORTS[self.options.transport],
+            backend=self.options.backend,
         )
-
-
-class Update:
-    """What is between start and finish. Use Trainer.update."""
-
-    def __init__(self, gangs: Sequence[Gang], group: Communicator, options: UpdateOptions) -> None:
-        self._gangs = gangs
-        self._group = group
-        self._options = options
-        self._sent = 0
-        self._started = False
-
-    def send(self, weights: Weights, progress: Progress | None = None) -> None:
-        """Sends tensors in order; may be called more than once.
-
-        Returns once every rank has them: the tensors may be changed then.
-
-        Raises:
-            ValueError: a tensor does not fit the model; nothing of its group was sent.
-            WeightUpdateError: a gang failed.
-        """
-        if not self._started:
-            raise UpdateOrderError("the update has not started, or is over")
-        if isinstance(weights, Mapping):
-            self._send(weights, progress)
-            return
-        for group in _in_groups(weights, self._options.group_bytes):
-            self._send(group, progress)
-
-    def _start(self, running: pb.RunningRequests.ValueType) -> None:
-        for gang in self._gangs:
-            gang.start(running, _FINISH_SECONDS)
-        self._started = True
-
-    def _finish(self, version: int) -> None:
-        self._started = False
-        for gang in self._gangs:
-            gang.finish(version)
-
-    def _send(self, tensors: Mapping[str, torch.Tensor], progress: Progress | None) -> None:
-        options = self._options
-        infos = [describe(name, tensor) for name, tensor in tensors.items()]
-        for gang in self._gangs:
-            for info in infos:
-                gang.check(info)
-        request = write_update(
-            infos, packed=options.packed, buffer_size=options.buffer_size, buffer_count=options.buffer_count
-        )
-        broadcaster = Broadcaster(
-            self._group,
-            infos,
-            buffer_size=options.buffer_size if options.packed else 0,
-            buffer_count=options.buffer_count if options.packed else 1,
-        )
-        calls = [gang.update(request, self._group.abort) for gang in self._gangs]
-        try:
-            self._broadcast(broadcaster, calls, tensors, progress)
-        except BaseException:
-            for call in calls:
-                call.cancel()
-            raise
-        self._sent += broadcaster.total_bytes
-
-    def _broadcast(
-        self,
-        broadcaster: Broadcaster,
-        calls: Sequence[UpdateCall],
-        tensors: Mapping[str, torch.Tensor],
-        progress: Progress | None,
-    ) -> None:
-        for call in calls:
-            call.wait_until_ready()
-        total = self._sent + broadcaster.total_bytes
-        report = (lambda sent: progress(self._sent + sent, total)) if progress is not None else (lambda _sent: None)
-        try:
-            with torch.no_grad():
-                broadcaster.send(tensors.__getitem__, report, self._options.deadline_seconds)
-        except (CommunicatorError, TimeoutError) as error:
-            # What a gang has to say about it tells more.
-            failures = [call.error for call in calls if call.error is not None]
-            raise (failures[0] if failures else WeightUpdateError("ABORTED", str(error))) from error
-        for call in calls:
-            call.wait_until_received()
-
-
-def _in_groups(weights: Iterable[tuple[str, torch.Tensor]], group_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    group: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        if name in group:
-            raise ValueError(f"{name} is sent twice")
-        group[name] = tensor
-        size += tensor.numel() * tensor.element_size()
-        if size >= group_bytes:
-            yield group
-            group, size = {}, 0
-    if group:
-        yield group
 
 
 def _own_address(target: str) -> str:

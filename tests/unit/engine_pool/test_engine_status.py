@@ -101,3 +101,18 @@ def test_a_new_world_serves_one_version_that_is_not_older_than_the_last(
     status.set_loaded_versions(loaded)
     assert (status.state.weight_version, status.state.weights_condition) == (version, condition)
     assert bool(status.state.weights_message) == bool(condition)
+
+
+@pytest.mark.parametrize(
+    ("committed", "loaded", "condition"),
+    [(0, [0, 0], ""), (3, [3, 3], ""), (3, [4, 4], ""), (3, [0, 0], "WeightsLost"), (3, [2, 2], "WeightsLost")],
+)
+def test_a_gang_without_memory_is_held_to_the_version_that_it_is_known_to_have_had(
+    status: EngineStatus, committed: int, loaded: list[int | None], condition: str
+) -> None:
+    """E46: never the checkpoint in silence; what comes next is above all that was."""
+    status.set_loaded_versions(loaded, committed)
+    assert status.state.weights_condition == condition
+    assert status.newest_version == max(committed, loaded[0] or 0)
+    if condition:
+        assert f"version {committed} is lost, the ranks have {loaded[0]}" in status.state.weights_message

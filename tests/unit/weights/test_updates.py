@@ -2,98 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from support.checkpoints import make_checkpoint
-from support.lockstep import LockstepWorld
-from support.rank_link import RankLink
+from support.update_ranks import CPU, HOST, TOKEN, Rank, Weights, World, open_world, refusal, until
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas import host as host_memory
-from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaMemoryError
-from tpmodel_worker.arenas.identity import ArenaId
-from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
 from tpmodel_worker.comm.rendezvous import start_store
-from tpmodel_worker.loading.checkpoint_files import list_checkpoint_files
-from tpmodel_worker.loading.load import LoadedModel, load_model
-from tpmodel_worker.models.config import read_model_config
-from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.weights.broadcast import Broadcaster
 from tpmodel_worker.weights.group import join_update_group
 from tpmodel_worker.weights.packing import describe, write_update
 from tpmodel_worker.weights.ranks import TRAINER
-from tpmodel_worker.weights.updates import WeightUpdates
-
-CPU = torch.device("cpu")
-HOST = "127.0.0.1"
-TOKEN = "secret"
-Weights = Mapping[str, torch.Tensor]
-
-
-class Rank:
-    """One rank: its shard, its arenas, its updates. May be made again over the same arenas."""
-
-    def __init__(self, checkpoint: Path, arenas: ArenaClient, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.checkpoint = checkpoint
-        self.status = pb.WeightUpdateStatus()
-        with torch.inference_mode():
-            self.loaded: LoadedModel | None = self._load(arenas, rank, world_size)
-        self.updates = WeightUpdates(
-            rank=rank,
-            device=CPU,
-            arenas=arenas,
-            shard=self,
-            token=TOKEN,
-            address=HOST,
-            report=lambda status: setattr(self, "status", status),
-        )
-
-    def _load(self, arenas: ArenaClient, rank: int, world_size: int) -> LoadedModel:
-        return load_model(
-            read_model_config(self.checkpoint, world_size=world_size),
-            rank=rank,
-            world_size=world_size,
-            communicator=LockstepWorld(world_size).communicators[rank],
-            device=CPU,
-            dtype=torch.float32,
-            load_format="safetensors",
-            paths=list_checkpoint_files(self.checkpoint),
-            dummy_seed=0,
-            arenas=arenas,
-            model_id="m",
-            progress=lambda what, done, total: None,
-        )
-
-    def replace_weights(self, *, arena: Arena, digest: int, version: int | None) -> None:
-        """As the rank's shard does."""
-        assert self.loaded is not None
-        self.loaded = replace(self.loaded, arena=arena, digest=digest, weight_version=version)
-
-    def step(self, **step: object) -> pb.WeightUpdateOk:
-        """Executes one step in the mode of the computing thread."""
-        with torch.inference_mode():
-            return self.updates.execute(pb.WeightUpdateRequest(**step))  # type: ignore[arg-type]
-
-    @property
-    def version(self) -> int | None:
-        assert self.loaded is not None
-        return self.loaded.weight_version
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        assert self.loaded is not None
-        return {name: parameter.clone() for name, parameter in self.loaded.model.named_parameters()}
 
 
 class Trainer:
@@ -159,62 +84,10 @@ class Trainer:
             rank.step(commit=pb.CommitUpdate(version=version))
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.005)
-
-
-class World:
-    """Ranks over one supervisor's memory."""
-
-    def __init__(self, folder: Path, arenas: ArenaClient, holder: RankLink) -> None:
-        self.folder = folder
-        self.arenas = arenas
-        self.holder = holder
-
-    def ranks(self, world_size: int, **checkpoint: Any) -> list[Rank]:
-        """Loads the checkpoint, or maps what is held."""
-        path = self.folder / "checkpoint"
-        if not path.exists():
-            make_checkpoint(path, seed=1, **checkpoint)
-        return [Rank(path, self.arenas, rank, world_size) for rank in range(world_size)]
-
-    def loaded_elsewhere(self, weights: Weights, world_size: int) -> list[dict[str, torch.Tensor]]:
-        """What ranks have that load these weights from a checkpoint."""
-        from safetensors.torch import save_file
-
-        path = self.folder / "expected"
-        path.mkdir()
-        (path / "config.json").write_bytes((self.folder / "checkpoint" / "config.json").read_bytes())
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
-        with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
-            with ArenaClient(holder.path) as arenas:
-                return [Rank(path, arenas, rank, world_size).parameters() for rank in range(world_size)]
-
-    def manifest(self, rank: int) -> pb.ArenaManifest:
-        return self.holder.arenas[ArenaId(rank, "weights", 0)][1]
-
-    def checkpoint(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "checkpoint" / "model.safetensors")
-
-    def new_weights(self, seed: int = 0) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in self.checkpoint().items()}
-
-
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
-        with ArenaClient(holder.path) as arenas:
-            yield World(tmp_path, arenas, holder)
-
-
-def refusal(call: Callable[[], object]) -> tuple[int, str]:
-    with pytest.raises(RequestError) as caught:
-        call()
-    return caught.value.kind, str(caught.value)
+    with open_world(tmp_path) as world:
+        yield world
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch
-from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, Work
+from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, Store, Work
 
 from tpmodel_worker.comm.communicator import (
     CollectiveArgumentError,
@@ -87,6 +87,10 @@ class GlooCommunicator(Communicator):
         if staged is not tensor and self.rank != root:
             tensor.copy_(staged)
 
+    def barrier(self) -> None:
+        """Returns once every rank has called it. Gloo's own, so that members outside this project can."""
+        self._finish("barrier", self._enter("barrier").barrier())
+
     def abort(self, reason: str) -> None:
         """Releases the computing thread, and cuts the connections: what Gloo has in flight fails. Idempotent."""
         self._reason = self._reason or reason
@@ -140,6 +144,11 @@ class GlooCommunicator(Communicator):
 
 
 def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting, device: torch.device = _CPU) -> GlooCommunicator:
+    """Connects to all ranks of an epoch. Raises as open_gloo."""
+    return open_gloo(meeting.store, spec, device=device)
+
+
+def open_gloo(store: Store, spec: CommunicatorSpec, *, device: torch.device = _CPU) -> GlooCommunicator:
     """Connects to all ranks, and listens on the pod's own address only: Gloo asks nobody for a token.
 
     device: where the tensors will lie.
@@ -147,7 +156,7 @@ def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting, device: torch.device
     Raises:
         CommunicatorError: a rank could not be connected to.
     """
-    address = spec.address or _own_address(spec.rendezvous)
+    address = spec.address or own_address(spec.rendezvous)
     # Not in torch's stubs; without devices of its own Gloo listens where the host's name leads.
     options: Any = cast("Any", ProcessGroupGloo)._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
@@ -156,7 +165,7 @@ def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting, device: torch.device
     connections = Connections(address)
     try:
         with connections.opening():
-            group = ProcessGroupGloo(meeting.store, spec.rank, spec.world_size, options)
+            group = ProcessGroupGloo(store, spec.rank, spec.world_size, options)
     except RuntimeError as error:
         raise CommunicatorError(f"no Gloo group on {address}: {error}") from error
     return GlooCommunicator(
@@ -170,7 +179,7 @@ def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting, device: torch.device
     )
 
 
-def _own_address(rendezvous: str) -> str:
+def own_address(rendezvous: str) -> str:
     """The address of this machine from which the rendezvous is reached; nothing is sent."""
     host, _, port = rendezvous.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

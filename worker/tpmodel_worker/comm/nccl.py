@@ -15,7 +15,14 @@ from datetime import timedelta
 from typing import cast
 
 import torch
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions, ProcessGroupNCCL, Work
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    BroadcastOptions,
+    ProcessGroupNCCL,
+    Store,
+    Work,
+)
 from torch.distributed import DistError
 
 from tpmodel_worker.comm.communicator import (
@@ -111,27 +118,38 @@ def build_nccl(spec: CommunicatorSpec, *, device: torch.device, meeting: Meeting
         CommunicatorError: NCCL failed, a sum was wrong, or the deadline passed.
         CommunicatorAbortedError: the building was cancelled.
     """
-    if device.index is None:
-        raise CommunicatorError(f"device {device} has no index: a rank names its device, for example cuda:0")
-    _set_environment(meeting.remaining(), spec.address)
-    torch.cuda.set_device(device)
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=spec.deadline_seconds)
-    # Non-blocking: a peer that never comes can't keep this rank inside NCCL, where abort would not reach it.
-    options.config.blocking = 0
-    try:
-        group = ProcessGroupNCCL(meeting.store, spec.rank, spec.world_size, options)
-    except DistError as error:
-        raise CommunicatorError(f"no NCCL group on {device}: {error}") from error
-    communicator = NcclCommunicator(
-        rank=spec.rank, world_size=spec.world_size, epoch=spec.epoch, device=device, group=cast("TorchGroup", group)
-    )
+    communicator = open_nccl(meeting.store, spec, device=device, connect_seconds=meeting.remaining())
     try:
         _connect(communicator, meeting)
     except CommunicatorError:
         communicator.abort("the world could not be built")
         raise
     return communicator
+
+
+def open_nccl(
+    store: Store, spec: CommunicatorSpec, *, device: torch.device, connect_seconds: float
+) -> NcclCommunicator:
+    """Makes a group that its first collective will connect, within connect_seconds.
+
+    Raises:
+        CommunicatorError: NCCL failed, or the device has no index.
+    """
+    if device.index is None:
+        raise CommunicatorError(f"device {device} has no index: a rank names its device, for example cuda:0")
+    _set_environment(connect_seconds, spec.address)
+    torch.cuda.set_device(device)
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=spec.deadline_seconds)
+    # Non-blocking: a peer that never comes can't keep this rank inside NCCL, where abort would not reach it.
+    options.config.blocking = 0
+    try:
+        group = ProcessGroupNCCL(store, spec.rank, spec.world_size, options)
+    except DistError as error:
+        raise CommunicatorError(f"no NCCL group on {device}: {error}") from error
+    return NcclCommunicator(
+        rank=spec.rank, world_size=spec.world_size, epoch=spec.epoch, device=device, group=cast("TorchGroup", group)
+    )
 
 
 def _connect(communicator: NcclCommunicator, meeting: Meeting) -> None:

@@ -28,6 +28,10 @@ class TorchGroup(Protocol):
         """Overwrites the one tensor in the list by the root's."""
         ...
 
+    def barrier(self) -> Work | None:
+        """Returns, or is done, once every rank has called it."""
+        ...
+
     def abort(self) -> None:
         """Ends what is in flight, where the backend can."""
         ...

@@ -14,6 +14,7 @@ import grpc
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.attempts import attempt_of, epoch_floor
 from tpmodel_worker.engine.checkpoint import Checkpoint, read_checkpoint
+from tpmodel_worker.engine.committed import CommittedVersion
 from tpmodel_worker.engine.errors import (
     ConfigurationError,
     PoolError,
@@ -77,11 +78,13 @@ class WorldBuilder:
         *,
         status: EngineStatus,
         wake: Callable[[], None],
+        committed: CommittedVersion,
         timeouts: PoolTimeouts | None = None,
     ) -> None:
         """wake: given to every pool."""
         self._settings = settings
         self._status = status
+        self._committed = committed
         self._wake = wake
         self._timeouts = timeouts
         self._times = PlanTimes(settings.least_step_deadline)
@@ -227,7 +230,8 @@ class WorldBuilder:
                 extra={"epoch": pool.epoch, "rank": rank},
             )
         self._status.set_loaded_versions(
-            [shard.weight_version if shard.HasField("weight_version") else None for shard in loaded]
+            [shard.weight_version if shard.HasField("weight_version") else None for shard in loaded],
+            await asyncio.to_thread(self._committed.read),
         )
         num_blocks = min(shard.kv_blocks_available for shard in loaded)
         if before:

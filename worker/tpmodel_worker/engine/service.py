@@ -13,6 +13,7 @@ import grpc
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import WorldBuilder
+from tpmodel_worker.engine.committed import CommittedVersion
 from tpmodel_worker.engine.control import GangService, start_control_server
 from tpmodel_worker.engine.errors import RebuildRefusedError
 from tpmodel_worker.engine.front import Front, Key
@@ -58,9 +59,10 @@ class Engine:
         self._supervisors = Supervisors(
             settings.token, settings.attempt, on_exit=self._rank_exited, on_failure=logger.warning
         )
+        committed = CommittedVersion(settings.gang_dir, [settings.weights_version_file])
         self.world = World(
             settings,
-            WorldBuilder(settings, status=self.status, wake=self._wake.set, timeouts=timeouts),
+            WorldBuilder(settings, status=self.status, wake=self._wake.set, committed=committed, timeouts=timeouts),
             self._members,
             self._supervisors,
             RebuildBudget(
@@ -76,7 +78,7 @@ class Engine:
         )
         self._generations = Generations(self.world.newer_generation)
         self._watch_task: asyncio.Task[None] | None = None
-        self.weights = WeightUpdates(self.world, self.status)
+        self.weights = WeightUpdates(self.world, self.status, committed)
         self.world.on_serving = self._world_serves
         self._partings = Partings(
             self.world,

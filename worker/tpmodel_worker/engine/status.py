@@ -38,6 +38,8 @@ class EngineStatus:
         )
         self._listeners: list[Listener] = []
         self._timer: asyncio.TimerHandle | None = None
+        self.newest_version = 0
+        """Of the weights, among all that the gang has ever committed: a new one has to be above it."""
 
     @property
     def state(self) -> worker_pb2.EngineState:
@@ -132,6 +134,7 @@ class EngineStatus:
     def set_weight_version(self, version: int) -> None:
         """The version of the weights being served."""
         self._state.weight_version = version
+        self.newest_version = max(self.newest_version, version)
         self._tell()
 
     @property
@@ -145,9 +148,13 @@ class EngineStatus:
         self._state.weights_message = message[:_MAX_CAUSE]
         self._tell()
 
-    def set_loaded_versions(self, versions: Sequence[int | None]) -> None:
-        """What every rank of a new world has loaded; None: an update was broken off there."""
-        known = self._state.weight_version
+    def set_loaded_versions(self, versions: Sequence[int | None], committed: int = 0) -> None:
+        """What every rank of a new world has loaded; None: an update was broken off there.
+
+        committed: the version that the gang is known to have had. Ranks with an older one have lost it.
+        """
+        known = max(self._state.weight_version, committed)
+        self.newest_version = max(self.newest_version, known, *(version or 0 for version in versions))
         condition = message = ""
         if None in versions:
             ranks = ", ".join(str(rank) for rank, version in enumerate(versions) if version is None)

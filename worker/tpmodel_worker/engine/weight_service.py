@@ -45,6 +45,15 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
             await self._updates.start(request.running)
         return pb.StartUpdateResponse(served=self._updates.served)
 
+    async def AwaitUpdate(  # noqa: N802
+        self, request: pb.AwaitUpdateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AwaitUpdateResponse:
+        """Waits for the trainer to begin."""
+        async with _refusals(context):
+            reason = await self._updates.await_update(request)
+            return pb.AwaitUpdateResponse(served=self._updates.served, stopped=bool(reason), reason=reason)
+        raise AssertionError("a refusal ends the call")
+
     async def Update(  # noqa: N802
         self, request: pb.UpdateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.UpdateResponse]:

@@ -11,35 +11,31 @@ import contextlib
 import enum
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
 from tpmodel.v1 import weights_pb2, worker_pb2
-from tpmodel_worker.engine.errors import PoolError, WrongRankError
-from tpmodel_worker.engine.exchange import Patience
+from tpmodel_worker.engine.committed import CommittedVersion
+from tpmodel_worker.engine.errors import PoolError
 from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.served_world import ServedWorld
-from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, WEIGHTS_UPDATING, EngineStatus
+from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, EngineStatus
 from tpmodel_worker.engine.trainer_link import TrainerLink
 from tpmodel_worker.engine.weight_errors import UpdateError, failure_of
+from tpmodel_worker.engine.weight_pause import Pause, held_plans
+from tpmodel_worker.engine.weight_ranks import STEP_SECONDS, Background, UpdateRanks
 from tpmodel_worker.weights.ranks import update_rank
 
 logger = logging.getLogger(__name__)
 
-ABORTED = 10
 UNAVAILABLE = 14
-PLANNED_PAUSE_SECONDS = 10.0
-"""A pause that lasts longer makes the gang not ready."""
 _JOIN_SECONDS = 60.0
 _DEADLINE_SECONDS = 120.0
-_STEP_SECONDS = 60.0
 _TURN_SECONDS = 3.0
 """How long a call waits for the one before it, which may be just about to end."""
-_FIRST_POLL_SECONDS = 0.005
-_LAST_POLL_SECONDS = 0.1
+_TRAINER_GONE = "the trainer has gone"
 
 
 class Stage(enum.Enum):
@@ -47,19 +43,21 @@ class Stage(enum.Enum):
 
     IDLE = "idle"
     JOINED = "initialised"
+    AWAITING = "waiting for the trainer's first index"
     STARTED = "started"
-
-
-T = TypeVar("T")
-_Step = Callable[[int], worker_pb2.WeightUpdateRequest]
 
 
 class WeightUpdates:
     """One update at a time; calls are taken one by one, in their order."""
 
-    def __init__(self, world: ServedWorld, status: EngineStatus) -> None:
+    def __init__(self, world: ServedWorld, status: EngineStatus, committed: CommittedVersion) -> None:
+        """committed: where the version is kept beside the ranks' memory."""
         self._world = world
         self._status = status
+        self._committed = committed
+        self._background = Background()
+        self._ranks = UpdateRanks(world, self._background)
+        self._pause = Pause(world, status)
         self._lock = asyncio.Lock()
         self._stage = Stage.IDLE
         self._pool: Pool | None = None
@@ -67,30 +65,28 @@ class WeightUpdates:
         self._running = weights_pb2.RUNNING_REQUESTS_KEEP
         self._touched = False
         """In place: bytes may have moved since the last commit."""
-        self._newest = 0
         self._deadline_seconds = _DEADLINE_SECONDS
         self._steps = itertools.count(1)
-        self._pause_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._trainer: TrainerLink | None = None
-        self._background: set[asyncio.Task[Any]] = set()
+        self._trainer_gone = False
 
     @property
     def served(self) -> weights_pb2.ServedVersion:
         """The version that tokens are made with; unset where there is none."""
         condition = self._status.weights_condition
+        served = weights_pb2.ServedVersion(newest_version=self._status.newest_version)
         if self._touched or condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST):
-            reason = condition if condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST) else WEIGHTS_INCOMPLETE
-            return weights_pb2.ServedVersion(
-                reason=reason, message=self._status.state.weights_message or "an update is under way"
-            )
-        return weights_pb2.ServedVersion(version=self._status.state.weight_version)
+            served.reason = condition if condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST) else WEIGHTS_INCOMPLETE
+            served.message = self._status.state.weights_message or "an update is under way"
+        else:
+            served.version = self._status.state.weight_version
+        return served
 
     def world_serves(self, loop: ServingLoop) -> None:
         """A world begins: an update of the one before is over, and weights that are not whole are not served."""
         self._forget()
         self._touched = False
-        self._newest = max(self._newest, self._status.state.weight_version)
         if self._status.weights_condition:
             logger.error("%s: %s", self._status.weights_condition, self._status.state.weights_message)
             loop.hold_plans()
@@ -106,10 +102,10 @@ class WeightUpdates:
 
     async def describe(self) -> weights_pb2.GetParameterInfoResponse:
         """All tensors of the model, as the checkpoint names them. Raises UpdateError."""
-        async with self._call(Stage.IDLE, Stage.JOINED, Stage.STARTED):
-            pool = self._ranks()
+        async with self._call(*Stage):
+            pool = self._ranks.pool
             request = worker_pb2.WeightUpdateRequest(describe=worker_pb2.DescribeWeights())
-            replies = await self._control(lambda _rank: request)
+            replies = await self._ranks.control(lambda _rank: request)
             return weights_pb2.GetParameterInfoResponse(
                 served=self.served,
                 parameters=replies[0].parameters,
@@ -120,7 +116,7 @@ class WeightUpdates:
     async def init(self, request: weights_pb2.InitUpdateRequest) -> None:
         """Makes the ranks join the trainer's group. Raises UpdateError; then none has."""
         async with self._call(Stage.IDLE, Stage.JOINED):
-            pool = self._ranks()
+            pool = self._ranks.pool
             first = update_rank(
                 gang_index=request.gang_index, world_size=pool.world_size, rank=0, offset=request.rank_offset
             )
@@ -132,10 +128,12 @@ class WeightUpdates:
                 )
             if request.mode not in (weights_pb2.UPDATE_MODE_IN_PLACE, weights_pb2.UPDATE_MODE_SHADOW):
                 raise UpdateError(grpc.StatusCode.INVALID_ARGUMENT, "mode is unset: in_place or shadow")
+            if request.backend not in ("", "nccl", "gloo"):
+                raise UpdateError(grpc.StatusCode.INVALID_ARGUMENT, f"backend is {request.backend!r}: nccl or gloo")
             # Ranks that wait for a trainer that is not there would hold the group up.
             trainer = await TrainerLink.open(request.master_address, request.master_port)
             self._leave_trainer()
-            self._trainer = trainer
+            self._trainer, self._trainer_gone = trainer, False
             self._pool, self._stage = pool, Stage.IDLE
             self._shadow = request.mode == weights_pb2.UPDATE_MODE_SHADOW
             self._deadline_seconds = request.deadline_seconds or _DEADLINE_SECONDS
@@ -150,15 +148,43 @@ class WeightUpdates:
                         group_size=request.world_size,
                         timeout_seconds=timeout,
                         deadline_seconds=self._deadline_seconds,
+                        transport=request.transport,
+                        backend=request.backend,
                     )
                 )
 
             async with self._or_abort("the trainer's group could not be joined"):
-                await self._control(join)
-                async for _ in self._follow(0, timeout + _STEP_SECONDS):
+                await self._ranks.control(join)
+                async for _ in self._ranks.follow(pool, 0, timeout + STEP_SECONDS):
                     pass
             self._stage = Stage.JOINED
-            self._in_background(self._outlive(trainer))
+            self._background.start(self._outlive(trainer))
+
+    async def await_update(self, request: weights_pb2.AwaitUpdateRequest) -> str:
+        """Transport indexed: returns when a set has begun ("") or the trainer has ended the exchange (how).
+
+        Other calls may come meanwhile. Raises UpdateError, after which the update is over.
+        """
+        async with self._call(Stage.JOINED):
+            step = next(self._steps)
+            pool = self._ranks.pool
+            awaiting = worker_pb2.AwaitIndex(tensors=request.tensors, step=step)
+            await self._ranks.control(lambda _rank: worker_pb2.WeightUpdateRequest(await_index=awaiting))
+            self._stage = Stage.AWAITING
+        try:
+            async with self._or_abort("the updater went away"):
+                async for _ in self._ranks.follow(pool, step, self._deadline_seconds, progress_counts=True):
+                    pass
+                stopped = (await pool.statuses())[0].weight_update.stopped
+        except UpdateError:
+            if self._trainer_gone:
+                return _TRAINER_GONE
+            raise
+        async with self._call(Stage.AWAITING):
+            self._stage = Stage.JOINED
+            if stopped:
+                await self._end(stopped)
+        return stopped
 
     async def start(self, running: weights_pb2.RunningRequests.ValueType) -> None:
         """In place: pauses generation. Shadow: makes the second arenas, and pauses when it is finished.
@@ -172,9 +198,9 @@ class WeightUpdates:
             begin = worker_pb2.WeightUpdateRequest(begin=worker_pb2.BeginUpdate(shadow=self._shadow))
             self._running = running
             if not self._shadow:
-                await self._pause()
+                await self._pause.begin(self._ranks.loop, self._running)
             try:
-                await self._control(lambda _rank: begin)
+                await self._ranks.control(lambda _rank: begin)
             except UpdateError as error:
                 # Some ranks may have begun.
                 await self._end(str(error))
@@ -186,63 +212,70 @@ class WeightUpdates:
         async with self._call(Stage.STARTED):
             check = worker_pb2.WeightUpdateRequest(check=request)
             # A wrong name or shape costs nothing: the next call may be right.
-            await self._control(lambda _rank: check)
+            await self._ranks.control(lambda _rank: check)
             step = next(self._steps)
             receive = worker_pb2.WeightUpdateRequest(receive=worker_pb2.ReceiveWeights(update=request, step=step))
             async with self._or_abort("the trainer went away"):
                 self._touched = self._touched or not self._shadow
-                await self._control(lambda _rank: receive)
+                await self._ranks.control(lambda _rank: receive)
                 yield self._response(weights_pb2.UpdateResponse.STAGE_READY, 0, 0)
                 received = total = 0
-                async for received, total in self._follow(step, self._deadline_seconds, progress_counts=True):
+                async for received, total in self._ranks.follow(
+                    self._pool, step, self._deadline_seconds, progress_counts=True
+                ):
                     yield self._response(weights_pb2.UpdateResponse.STAGE_RECEIVING, received, total)
             yield self._response(weights_pb2.UpdateResponse.STAGE_RECEIVED, total, total)
 
     async def finish(self, version: int) -> None:
         """Prepares and commits on every rank, and serves on with the new weights. Raises UpdateError."""
         async with self._call(Stage.STARTED):
-            newest = max(self._newest, self._status.state.weight_version)
+            newest = self._status.newest_version
             if version <= newest:
                 raise UpdateError(
                     grpc.StatusCode.INVALID_ARGUMENT, f"version {version} does not follow version {newest}"
                 )
-            loop = self._serving()
+            loop = self._ranks.loop
             if self._shadow:
-                await self._pause()
-            async with self._held_plans(loop):
+                await self._pause.begin(self._ranks.loop, self._running)
+            async with held_plans(loop):
                 prepare = worker_pb2.WeightUpdateRequest(prepare=worker_pb2.PrepareCommit())
                 try:
-                    await self._control(lambda _rank: prepare)
+                    await self._ranks.control(lambda _rank: prepare)
                 except UpdateError:
                     # The set may not be full: what it lacks can still be sent.
                     if self._shadow:
-                        self._resume(loop)
+                        self._pause.end(loop)
                     raise
                 commit = worker_pb2.WeightUpdateRequest(commit=worker_pb2.CommitUpdate(version=version))
                 async with self._or_abort("the commit failed"):
                     self._touched = True
-                    await self._control(lambda _rank: commit)
-                    await self._ranks().clear_kv_cache(0)
+                    await self._ranks.control(lambda _rank: commit)
+                    await self._ranks.pool.clear_kv_cache(0)
                     loop.adopt_weights(version)
                     self._touched = False
-                    self._newest = version
                     self._stage = Stage.JOINED
                     self._status.set_weight_version(version)
                     self._status.set_weights_condition("")
-            self._resume(loop)
-            logger.info("weights of version %d are served", version, extra={"epoch": self._ranks().epoch})
+            self._pause.end(loop)
+            await self._note(version)
+            logger.info("weights of version %d are served", version, extra={"epoch": self._ranks.pool.epoch})
+
+    async def _note(self, version: int) -> None:
+        try:
+            await asyncio.to_thread(self._committed.note, version)
+        except OSError as error:
+            logger.error("version %d could not be written down, a new container would not miss it: %s", version, error)
 
     async def abort(self, reason: str) -> None:
         """Ends the update. The version before is served on, unless bytes have moved in place."""
-        async with self._call(Stage.IDLE, Stage.JOINED, Stage.STARTED):
+        async with self._call(*Stage):
             await self._end(reason or "the trainer aborted it")
 
     async def close(self) -> None:
         """The engine ends: no timer and no connection is left behind."""
         self._cancel_timers()
         self._leave_trainer()
-        for task in self._background:
-            task.cancel()
+        self._background.cancel()
 
     # ------------------------------------------------------------------------------------- the end
 
@@ -258,12 +291,12 @@ class WeightUpdates:
         if pool is not None and pool is self._world.pool and pool.error is None:
             abort = worker_pb2.WeightUpdateRequest(abort=worker_pb2.AbortWeightUpdate(reason=reason))
             try:
-                await self._control(lambda _rank: abort, pool)
+                await self._ranks.control(lambda _rank: abort, pool)
             except UpdateError as error:
                 logger.warning("not every rank has ended the update: %s", error)
         if not self._touched:
             if loop is not None:
-                self._resume(loop)
+                self._pause.end(loop)
             return
         message = f"an update did not finish: {reason}; send a full set"
         self._status.set_weights_condition(WEIGHTS_INCOMPLETE, message)
@@ -276,7 +309,7 @@ class WeightUpdates:
         try:
             yield
         except (asyncio.CancelledError, GeneratorExit):
-            await asyncio.shield(self._in_background(self._end(cancelled)))
+            await asyncio.shield(self._background.start(self._end(cancelled)))
             raise
         except (UpdateError, PoolError) as error:
             await self._end(str(error))
@@ -314,14 +347,15 @@ class WeightUpdates:
                 if self._stage is Stage.STARTED:
                     await self._end(f"the trainer said nothing for {self._deadline_seconds:g} s")
 
-        self._in_background(end())
+        self._background.start(end())
 
     async def _outlive(self, trainer: TrainerLink) -> None:
         """Ends the update when the trainer does, also between two of its calls."""
         await trainer.gone()
         async with self._lock:
             if self._trainer is trainer:
-                await self._end("the trainer has gone")
+                self._trainer_gone = True
+                await self._end(_TRAINER_GONE)
 
     def _leave_trainer(self) -> None:
         if self._trainer is not None:
@@ -334,120 +368,6 @@ class WeightUpdates:
         self._cancel_timers()
         self._leave_trainer()
 
-    # --------------------------------------------------------------------------------------- pause
-
-    async def _pause(self) -> None:
-        running = self._running
-        loop = self._serving()
-        if self._status.weights_condition:
-            # Nothing runs, and nothing may before a full set is there.
-            loop.hold_plans()
-            return
-        self._pause_timer = asyncio.get_running_loop().call_later(PLANNED_PAUSE_SECONDS, self._on_long_pause)
-        try:
-            if running == weights_pb2.RUNNING_REQUESTS_FINISH:
-                last = loop.scheduler.close_admission()
-                while loop.scheduler.has_work_before(last) and loop is self._world.loop:
-                    await loop.pass_once()
-            elif running == weights_pb2.RUNNING_REQUESTS_ABORT:
-                loop.fail_with(ABORTED, "a weight update began: send the request again")
-            loop.hold_plans()
-            await loop.quiet()
-        except asyncio.CancelledError:
-            self._resume(loop)
-            raise
-        loop.scheduler.open_admission()
-
-    def _resume(self, loop: ServingLoop) -> None:
-        """Serves on, where there are whole weights to serve."""
-        self._stop_pause_timer()
-        loop.scheduler.open_admission()
-        if self._status.weights_condition == WEIGHTS_UPDATING:
-            self._status.set_weights_condition("")
-        if not self._status.weights_condition:
-            loop.release_plans()
-
-    def _on_long_pause(self) -> None:
-        if not self._status.weights_condition:
-            self._status.set_weights_condition(WEIGHTS_UPDATING, "a weight update is under way")
-
-    @contextlib.asynccontextmanager
-    async def _held_plans(self, loop: ServingLoop) -> AsyncIterator[None]:
-        """No plans are made inside; afterwards as before."""
-        before = loop.held
-        loop.hold_plans()
-        try:
-            await loop.quiet()
-            yield
-        finally:
-            if not before:
-                loop.release_plans()
-
-    # --------------------------------------------------------------------------------------- ranks
-
-    async def _control(self, step: _Step, pool: Pool | None = None) -> Sequence[worker_pb2.WeightUpdateOk]:
-        """One step on every rank, between two plans. Raises UpdateError."""
-        pool = pool or self._ranks()
-        requests = [step(rank) for rank in range(pool.world_size)]
-        async with self._held_plans(self._serving()):
-            # Cancelled or not, every rank is drained before the next step.
-            exchange = self._in_background(pool.control(requests, Patience(_STEP_SECONDS)))
-            try:
-                replies = await asyncio.shield(exchange)
-            except asyncio.CancelledError:
-                await asyncio.wait({exchange})
-                raise
-            except PoolError as error:
-                raise failure_of(error) from error
-        return [reply.weight_update_ok for reply in replies]
-
-    async def _follow(
-        self, step: int, seconds: float, *, progress_counts: bool = False
-    ) -> AsyncIterator[tuple[int, int]]:
-        """How far the ranks' threads are: (bytes of the slowest, all bytes), until all are done. Raises UpdateError."""
-        clock = asyncio.get_running_loop().time
-        due = clock() + seconds
-        seen = 0
-        pause = _FIRST_POLL_SECONDS
-        while True:
-            states = await self._states()
-            for rank, state in enumerate(states):
-                if state.step == step and state.error:
-                    raise UpdateError(grpc.StatusCode.ABORTED, f"rank {rank}: {state.error}")
-            if all(state.step == step and state.done for state in states):
-                return
-            received = min(state.received_bytes if state.step == step else 0 for state in states)
-            if received > seen:
-                seen = received
-                if progress_counts:
-                    due = clock() + seconds
-                yield received, states[0].total_bytes
-            if clock() >= due:
-                raise UpdateError(grpc.StatusCode.DEADLINE_EXCEEDED, f"no progress for {seconds:g} s")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_POLL_SECONDS)
-
-    async def _states(self) -> list[worker_pb2.WeightUpdateStatus]:
-        pool = self._ranks()
-        if pool.error is not None or pool is not self._pool:
-            raise UpdateError(grpc.StatusCode.ABORTED, f"the world was lost: {pool.error}")
-        try:
-            return [status.weight_update for status in await pool.statuses()]
-        except (grpc.aio.AioRpcError, WrongRankError) as error:
-            raise UpdateError(grpc.StatusCode.ABORTED, f"a rank does not answer: {error}") from error
-
-    def _ranks(self) -> Pool:
-        pool = self._world.pool
-        if pool is None or self._world.loop is None:
-            raise UpdateError(grpc.StatusCode.UNAVAILABLE, "world not built yet")
-        return pool
-
-    def _serving(self) -> ServingLoop:
-        loop = self._world.loop
-        if loop is None:
-            raise UpdateError(grpc.StatusCode.UNAVAILABLE, "world not built yet")
-        return loop
-
     def _response(
         self, stage: weights_pb2.UpdateResponse.Stage.ValueType, received: int, total: int
     ) -> weights_pb2.UpdateResponse:
@@ -457,20 +377,9 @@ class WeightUpdates:
 
     def _cancel_timers(self) -> None:
         self._stop_idling()
-        self._stop_pause_timer()
+        self._pause.cancel()
 
     def _stop_idling(self) -> None:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-
-    def _stop_pause_timer(self) -> None:
-        if self._pause_timer is not None:
-            self._pause_timer.cancel()
-            self._pause_timer = None
-
-    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task

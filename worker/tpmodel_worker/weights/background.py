@@ -10,8 +10,11 @@ import torch
 
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.comm.communicator import CommunicatorError
+from tpmodel_worker.weights.indexed import ReceivingFailedError, TrainerStoppedError
 
 _JOIN_SECONDS = 10.0
+# Failures whose message says it all: no traceback is logged.
+_EXPECTED = (CommunicatorError, TimeoutError, TrainerStoppedError, ReceivingFailedError)
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +33,10 @@ class BackgroundTask:
         self._step = step
         self._total_bytes = total_bytes
         self._received_bytes = 0
+        self._signs = 0
         self.error = ""
+        self.stopped = ""
+        """The job may say that the trainer has ended the exchange, and how."""
         self.done = False
         self._tell()
         self._thread = threading.Thread(target=self._run, name="weight update", daemon=True)
@@ -39,6 +45,7 @@ class BackgroundTask:
     def progress(self, received_bytes: int) -> None:
         """So much has come."""
         self._received_bytes = received_bytes
+        self._signs += 1
         self._tell()
 
     def wait(self) -> bool:
@@ -51,7 +58,7 @@ class BackgroundTask:
             # The weights are inference tensors: they may be overwritten in this mode only, which belongs to a thread.
             with torch.inference_mode():
                 self._job(self)
-        except (CommunicatorError, TimeoutError) as error:
+        except _EXPECTED as error:
             self.error = str(error)
             _logger.warning("weight update: %s", error)
         except Exception as error:  # The boundary: the engine gets it.
@@ -68,5 +75,7 @@ class BackgroundTask:
                 error=self.error,
                 received_bytes=self._received_bytes,
                 total_bytes=self._total_bytes,
+                stopped=self.stopped,
+                signs=self._signs,
             )
         )

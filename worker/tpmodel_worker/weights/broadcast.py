@@ -62,7 +62,7 @@ class Broadcaster:
             work.wait_stream(torch.cuda.current_stream(self._group.device))
         done = 0
         for chunk, buffer, free in self._turns():
-            with _on(work):
+            with on_stream(work):
                 free.wait()
                 for info, offset in chunk.places:
                     source = tensor(info.name)
@@ -71,7 +71,7 @@ class Broadcaster:
                         # The caller may let go of it before the copy has run.
                         source.record_stream(work)
                 free.record()
-            with _on(wire):
+            with on_stream(wire):
                 free.wait()
                 self._broadcast(buffer, chunk)
                 free.record()
@@ -87,11 +87,11 @@ class Broadcaster:
         work, wire = self._streams()
         done = 0
         for chunk, buffer, free in self._turns():
-            with _on(wire):
+            with on_stream(wire):
                 free.wait()
                 self._broadcast(buffer, chunk)
                 free.record()
-            with _on(work):
+            with on_stream(work):
                 free.wait()
                 for info, offset in chunk.places:
                     load(info.name, view_in(buffer, info, offset))
@@ -142,5 +142,6 @@ class _Turn:
             self._recorded = True
 
 
-def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
+def on_stream(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
+    """Work inside is launched on the stream; None: there are none, on CPU."""
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)

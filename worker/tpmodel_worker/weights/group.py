@@ -15,6 +15,11 @@ from tpmodel_worker.comm.specification import CommunicatorSpec
 _RENDEZVOUS_ID = "weight update"
 
 
+def default_backend(device: torch.device) -> str:
+    """Between members with one device of this kind each."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def join_update_group(
     *,
     master_address: str,
@@ -24,6 +29,7 @@ def join_update_group(
     device: torch.device,
     token: str,
     address: str,
+    backend: str = "",
     timeout_seconds: float,
     deadline_seconds: float,
     cancelled: threading.Event | None = None,
@@ -38,6 +44,7 @@ def join_update_group(
         device: where the tensors are broadcast from and to.
         token: the gang's.
         address: IP of this member, to which everything that it listens on is bound; "": the way to the trainer.
+        backend: nccl or gloo, the same for all members; empty: what the device's kind has.
         timeout_seconds: how long joining may take.
         deadline_seconds: how long a broadcast may wait for a member.
         cancelled: another thread may set it to end the joining.
@@ -54,7 +61,7 @@ def join_update_group(
         timeout_seconds=timeout_seconds,
         # Members are never one pod: what they share is this group alone.
         pods=tuple(str(member) for member in range(size)),
-        kind="nccl" if device.type == "cuda" else "gloo",
+        kind=backend or default_backend(device),
         address=address,
         deadline_seconds=deadline_seconds,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import threading
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -23,15 +23,16 @@ from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.load import LoadedModel, completed_manifest, digest_tensors
-from tpmodel_worker.loading.plan import bind_parameters, plan_weights
+from tpmodel_worker.loading.plan import ArenaPlan, bind_parameters, plan_weights
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.weights.background import BackgroundTask, Report
-from tpmodel_worker.weights.broadcast import Broadcaster
-from tpmodel_worker.weights.group import join_update_group
-from tpmodel_worker.weights.packing import read_update
+from tpmodel_worker.weights.broadcast import Broadcaster, Progress
+from tpmodel_worker.weights.indexed import RETRY_SECONDS, IndexedReceiver, TrainerStoppedError
+from tpmodel_worker.weights.membership import Membership, out_of_order
+from tpmodel_worker.weights.packing import TensorInfo, read_update
 from tpmodel_worker.weights.target import WeightTarget, check_tensors, describe_parameters, missing_tensors
 
-_JOIN_STEP = 0
+_Receiving = Callable[[Callable[[str, torch.Tensor], None], Progress], None]
 
 _logger = logging.getLogger(__name__)
 
@@ -60,6 +61,14 @@ class _Update:
         self.digests: dict[str, int] | None = None
 
 
+class _Awaited:
+    """A receiver that has the first index of a set, and what it was made for."""
+
+    def __init__(self, tensors: weights_pb2.UpdateRequest, receiver: IndexedReceiver) -> None:
+        self.tensors = tensors
+        self.receiver = receiver
+
+
 class WeightUpdates:
     """Used by the computing thread, but for abort_group."""
 
@@ -79,13 +88,8 @@ class WeightUpdates:
         self._device = device
         self._arenas = arenas
         self._shard = shard
-        self._token = token
-        self._address = address
-        self._report = report
-        self._group: Communicator | None = None
-        self._cancelled = threading.Event()
-        self._deadline_seconds = 0.0
-        self._task: BackgroundTask | None = None
+        self._member = Membership(device=device, token=token, address=address, report=report)
+        self._awaited: _Awaited | None = None
         self._update: _Update | None = None
 
     @property
@@ -112,6 +116,8 @@ class WeightUpdates:
                 self._begin(loaded, shadow=request.begin.shadow)
             case "check":
                 self._check(request.check)
+            case "await_index":
+                self._await_index(request.await_index)
             case "receive":
                 self._receive(loaded, request.receive)
             case "prepare":
@@ -129,15 +135,12 @@ class WeightUpdates:
 
     def abort_group(self, reason: str) -> None:
         """Releases the background thread from the trainer's group. From any thread; idempotent."""
-        self._cancelled.set()
-        group = self._group
-        if group is not None:
-            group.abort(reason)
+        self._member.abort(reason)
 
     def leave(self, reason: str) -> None:
         """The epoch ends, and with it the group and whatever was under way."""
         try:
-            self._end_group(reason)
+            self._member.end(reason)
         except RequestError:
             # The supervisor's deadline for leaving an epoch ends the process.
             _logger.exception("the weight update holds up the end of the epoch")
@@ -147,38 +150,37 @@ class WeightUpdates:
 
     def _join(self, join: pb.JoinUpdate) -> None:
         if self._update is not None:
-            raise _out_of_order("join", "an update is under way: finish or abort it first")
-        self._end_group("the trainer joins anew")
-        self._cancelled = cancelled = threading.Event()
-        self._deadline_seconds = join.deadline_seconds
+            raise out_of_order("join", "an update is under way: finish or abort it first")
+        self._awaited = None
+        self._member.join(join)
 
-        def job(_task: BackgroundTask) -> None:
-            self._group = join_update_group(
-                master_address=join.master_address,
-                master_port=join.master_port,
-                rank=join.group_rank,
-                size=join.group_size,
-                device=self._device,
-                token=self._token,
-                address=self._address,
-                timeout_seconds=join.timeout_seconds,
-                deadline_seconds=join.deadline_seconds,
-                cancelled=cancelled,
-            )
-            if cancelled.is_set():
-                self._group.abort("the joining was cancelled")
+    def _await_index(self, request: pb.AwaitIndex) -> None:
+        """Waits for the trainer's first index; the receiving goes on with the same receiver."""
+        group = self._member.group_for("await_index")
+        if not self._member.indexed:
+            raise out_of_order("await_index", "the group was not joined for transport indexed")
+        tensors = self._check_indexed(self._target_plan(), request.tensors)
+        member = self._member
+        receiver = IndexedReceiver(group, tensors, cancelled=member.cancelled, retry_seconds=RETRY_SECONDS)
+        self._awaited = _Awaited(request.tensors, receiver)
 
-        self._task = BackgroundTask(job, self._report, step=_JOIN_STEP)
+        def job(task: BackgroundTask) -> None:
+            try:
+                receiver.wait(task.progress)
+            except TrainerStoppedError as error:
+                task.stopped = str(error)
+
+        member.start(job, step=request.step)
 
     def _begin(self, loaded: LoadedModel, *, shadow: bool) -> None:
-        self._group_for("begin")
+        self._member.group_for("begin")
         if self._update is not None:
-            raise _out_of_order("begin", "an update is under way: finish or abort it first")
+            raise out_of_order("begin", "an update is under way: finish or abort it first")
         plan = plan_weights(loaded.model)
         arena = loaded.arena
         if shadow:
             if not self.whole:
-                raise _out_of_order("begin", "the weights are incomplete: only an update in place can heal them")
+                raise out_of_order("begin", "the weights are incomplete: only an update in place can heal them")
             arena = Arena.create(ArenaId(self._rank, "weights", 1), plan.size, self._device)
             if self._device.type == "cuda":
                 arena.bytes.zero_()  # padding rows have to be zero, as new host memory is
@@ -186,42 +188,79 @@ class WeightUpdates:
 
     def _check(self, request: weights_pb2.UpdateRequest) -> None:
         update = self._update_for("check")
-        try:
-            check_tensors(update.target.plan, read_update(request))
-        except ValueError as error:
-            raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, str(error)) from error
+        if request.indexed != self._member.indexed:
+            raise RequestError(
+                pb.ERROR_KIND_INVALID_ARGUMENT,
+                f"indexed is {request.indexed}, the group was joined for the other transport",
+            )
+        if request.indexed:
+            self._check_indexed(update.target.plan, request)
+        else:
+            _check_names(update.target.plan, request)
         update.checked = request
 
+    def _check_indexed(self, plan: ArenaPlan, request: weights_pb2.UpdateRequest) -> list[TensorInfo]:
+        """U30: the same set in the same order as this rank would name it."""
+        tensors = _check_names(plan, request)
+        if [tensor.name for tensor in tensors] != sorted(plan.shapes):
+            raise RequestError(
+                pb.ERROR_KIND_INVALID_ARGUMENT,
+                f"{len(tensors)} names: transport indexed needs all {len(plan.shapes)} that are not tied, in order",
+            )
+        return tensors
+
     def _receive(self, loaded: LoadedModel, receive: pb.ReceiveWeights) -> None:
-        group = self._group_for("receive")
+        group = self._member.group_for("receive")
         update = self._update_for("receive")
         if update.checked != receive.update:
-            raise _out_of_order("receive", "these tensors were not checked before")
+            raise out_of_order("receive", "these tensors were not checked before")
         update.checked, update.digests = None, None
         tensors = read_update(receive.update)
-        packed = receive.update.packed
-        broadcaster = Broadcaster(
-            group,
-            tensors,
-            buffer_size=receive.update.buffer_size if packed else 0,
-            buffer_count=receive.update.buffer_count if packed else 1,
-        )
+        if receive.update.indexed:
+            total, receiving = self._indexed_receiving(group, tensors, receive.update)
+        else:
+            total, receiving = self._ordered_receiving(group, tensors, receive.update)
         if not update.shadow:
             self._mark_updating(loaded, update.target)
 
         def job(task: BackgroundTask) -> None:
-            broadcaster.receive(update.target.load, task.progress, self._deadline_seconds)
+            try:
+                receiving(update.target.load, task.progress)
+            except TrainerStoppedError as error:
+                task.stopped = str(error)
+                raise
             update.received |= {tensor.name for tensor in tensors}
 
-        self._task = BackgroundTask(job, self._report, step=receive.step, total_bytes=broadcaster.total_bytes)
+        self._member.start(job, step=receive.step, total_bytes=total)
+
+    def _ordered_receiving(
+        self, group: Communicator, tensors: Sequence[TensorInfo], request: weights_pb2.UpdateRequest
+    ) -> tuple[int, _Receiving]:
+        broadcaster = Broadcaster(
+            group,
+            tensors,
+            buffer_size=request.buffer_size if request.packed else 0,
+            buffer_count=request.buffer_count if request.packed else 1,
+        )
+        deadline = self._member.deadline_seconds
+        return broadcaster.total_bytes, lambda load, progress: broadcaster.receive(load, progress, deadline)
+
+    def _indexed_receiving(
+        self, group: Communicator, tensors: Sequence[TensorInfo], request: weights_pb2.UpdateRequest
+    ) -> tuple[int, _Receiving]:
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None and awaited.tensors.names == request.names and awaited.tensors.dtypes == request.dtypes:
+            receiver = awaited.receiver
+        else:
+            member = self._member
+            receiver = IndexedReceiver(group, tensors, cancelled=member.cancelled, retry_seconds=RETRY_SECONDS)
+        return sum(tensor.bytes for tensor in tensors), receiver.receive
 
     def _prepare(self) -> int:
         update = self._update_for("prepare")
         missing = missing_tensors(update.target.plan, update.received)
         if missing:
-            raise _out_of_order(
-                "prepare", f"{len(missing)} tensors of the set have not come, the first is {missing[0]}"
-            )
+            raise out_of_order("prepare", f"{len(missing)} tensors of the set have not come, the first is {missing[0]}")
         update.digests = digest_tensors(update.target.plan, update.target.arena, lambda *_: None)
         return sum(update.digests.values()) % (1 << 64)
 
@@ -229,7 +268,7 @@ class WeightUpdates:
         update = self._update_for("commit")
         digests = update.digests
         if digests is None:
-            raise _out_of_order("commit", "the set was not prepared")
+            raise out_of_order("commit", "the set was not prepared")
         manifest, arena = self._manifest(loaded), update.target.arena
         if update.shadow:
             arena.id = loaded.arena.id
@@ -246,7 +285,7 @@ class WeightUpdates:
             before.close()
 
     def _abort(self, reason: str) -> None:
-        self._end_group(reason or "the update was aborted")
+        self._member.end(reason or "the update was aborted")
         update, self._update = self._update, None
         if update is not None and update.shadow:
             update.target.arena.close()
@@ -275,31 +314,22 @@ class WeightUpdates:
             raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, "no model is loaded: LoadDenseShard comes first")
         return loaded
 
-    def _group_for(self, step: str) -> Communicator:
-        """The group, with nothing under way in it."""
-        if self._task is not None and not self._task.done:
-            raise _out_of_order(step, "the step before is still under way")
-        if self._group is None or self._cancelled.is_set():
-            raise _out_of_order(step, "the trainer's group is not joined: init comes first")
-        return self._group
+    def _target_plan(self) -> ArenaPlan:
+        return plan_weights(self._loaded().model)
 
     def _update_for(self, step: str) -> _Update:
-        self._group_for(step)
+        self._member.group_for(step)
         if self._update is None:
-            raise _out_of_order(step, "no update was started")
-        if self._task is not None and self._task.error:
-            raise _out_of_order(step, f"the step before failed: {self._task.error}")
+            raise out_of_order(step, "no update was started")
+        if self._member.error:
+            raise out_of_order(step, f"the step before failed: {self._member.error}")
         return self._update
 
-    def _end_group(self, reason: str) -> None:
-        self.abort_group(reason)
-        task, self._task = self._task, None
-        if task is not None and not task.wait():
-            raise RequestError(pb.ERROR_KIND_INTERNAL, "the thread of the weight update does not end")
-        group, self._group = self._group, None
-        if group is not None:
-            group.close()
 
-
-def _out_of_order(step: str, why: str) -> RequestError:
-    return RequestError(pb.ERROR_KIND_UPDATE_ORDER, f"{step}: {why}")
+def _check_names(plan: ArenaPlan, request: weights_pb2.UpdateRequest) -> list[TensorInfo]:
+    try:
+        tensors = read_update(request)
+        check_tensors(plan, tensors)
+    except ValueError as error:
+        raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, str(error)) from error
+    return tensors

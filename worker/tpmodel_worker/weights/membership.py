@@ -1,0 +1,120 @@
+"""A rank as a member of the trainer's group, and the one thing that it does there at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from tpmodel.v1 import weights_pb2
+from tpmodel.v1 import worker_pb2 as pb
+from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.rank.errors import RequestError
+from tpmodel_worker.weights.background import BackgroundTask, Report
+from tpmodel_worker.weights.group import join_update_group
+from tpmodel_worker.weights.indexed_group import IndexedGroups, join_indexed_groups
+
+_JOIN_STEP = 0
+
+
+class Membership:
+    """Used by the computing thread, but for abort."""
+
+    def __init__(self, *, device: torch.device, token: str, address: str, report: Report) -> None:
+        """token: the gang's; address: IP of this pod, or ""; report: shows a background task's state."""
+        self._device = device
+        self._token = token
+        self._address = address
+        self._report = report
+        self._group: Communicator | IndexedGroups | None = None
+        self._task: BackgroundTask | None = None
+        self.cancelled = threading.Event()
+        """Set once the group is of no use any more."""
+        self.deadline_seconds = 0.0
+        """How long one broadcast may take."""
+
+    def join(self, join: pb.JoinUpdate) -> None:
+        """Leaves the group before, and begins to join another one."""
+        self.end("the trainer joins anew")
+        self.cancelled = cancelled = threading.Event()
+        self.deadline_seconds = join.deadline_seconds
+
+        def job(_task: BackgroundTask) -> None:
+            self._group = group = self._join(join, cancelled)
+            if cancelled.is_set():
+                group.abort("the joining was cancelled")
+
+        self._task = BackgroundTask(job, self._report, step=_JOIN_STEP)
+
+    def start(self, job: Callable[[BackgroundTask], None], *, step: int, total_bytes: int = 0) -> None:
+        """Begins a job in the group; group_for says whether one is under way."""
+        self._task = BackgroundTask(job, self._report, step=step, total_bytes=total_bytes)
+
+    def group_for(self, step: str) -> Communicator:
+        """Where tensors come from, with nothing under way in it. Raises RequestError."""
+        if self._task is not None and not self._task.done:
+            raise out_of_order(step, "the step before is still under way")
+        if self._group is None or self.cancelled.is_set():
+            raise out_of_order(step, "the trainer's group is not joined: init comes first")
+        return self._group.data if isinstance(self._group, IndexedGroups) else self._group
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the trainer says before each tensor which one it is."""
+        return isinstance(self._group, IndexedGroups)
+
+    @property
+    def error(self) -> str:
+        """Of the last job; empty: it has none."""
+        return self._task.error if self._task is not None else ""
+
+    def abort(self, reason: str) -> None:
+        """Releases the background thread from the group. From any thread; idempotent."""
+        self.cancelled.set()
+        group = self._group
+        if group is not None:
+            group.abort(reason)
+
+    def end(self, reason: str) -> None:
+        """Leaves the group, with nothing under way. Raises RequestError where the thread does not end. Idempotent."""
+        self.abort(reason)
+        task, self._task = self._task, None
+        if task is not None and not task.wait():
+            raise RequestError(pb.ERROR_KIND_INTERNAL, "the thread of the weight update does not end")
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+
+    def _join(self, join: pb.JoinUpdate, cancelled: threading.Event) -> Communicator | IndexedGroups:
+        if join.transport == weights_pb2.UPDATE_TRANSPORT_INDEXED:
+            return join_indexed_groups(
+                master_address=join.master_address,
+                master_port=join.master_port,
+                rank=join.group_rank,
+                size=join.group_size,
+                device=self._device,
+                address=self._address,
+                backend=join.backend,
+                timeout_seconds=join.timeout_seconds,
+                deadline_seconds=join.deadline_seconds,
+                cancelled=cancelled,
+            )
+        return join_update_group(
+            master_address=join.master_address,
+            master_port=join.master_port,
+            rank=join.group_rank,
+            size=join.group_size,
+            device=self._device,
+            token=self._token,
+            address=self._address,
+            backend=join.backend,
+            timeout_seconds=join.timeout_seconds,
+            deadline_seconds=join.deadline_seconds,
+            cancelled=cancelled,
+        )
+
+
+def out_of_order(step: str, why: str) -> RequestError:
+    """A step that is not due."""
+    return RequestError(pb.ERROR_KIND_UPDATE_ORDER, f"{step}: {why}")
