@@ -29,9 +29,9 @@ LEAVING_PHASE = "Draining"
 
 WEIGHTS_GRAVITY = ("", weights.UPDATING, weights.INCOMPLETE, weights.LOST)
 WEIGHTS_REMEDY = (
-    "have a trainer send a full set, or go back to the checkpoint with a new value of the annotation "
-    f"{names.RESET_WEIGHTS_ANNOTATION}"
+    f"to go back to the checkpoint instead, write a new value into the annotation {names.RESET_WEIGHTS_ANNOTATION}"
 )
+"""What a trainer can do about it, the gang says itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,17 @@ with connect("10.0.0.7:9001", token=token, options={"device": "cuda:0"}) as trai
     trainer.send_weights(model.state_dict(), version=1)
 """
 
-from tpmodel.trainer.errors import UpdateOrderError, WeightUpdateError
+from tpmodel.trainer.errors import GangsDifferError, UpdateOrderError, WeightUpdateError
 from tpmodel.trainer.options import UpdateOptions
-from tpmodel.trainer.trainer import Trainer, Update, connect
+from tpmodel.trainer.trainer import Trainer, connect
+from tpmodel.trainer.update import Update
 
-__all__ = ["Trainer", "Update", "UpdateOptions", "UpdateOrderError", "WeightUpdateError", "connect"]
+__all__ = [
+    "GangsDifferError",
+    "Trainer",
+    "Update",
+    "UpdateOptions",
+    "UpdateOrderError",
+    "WeightUpdateError",
+    "connect",
+]

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-import torch
-from torch._C._distributed_c10d import TCPStore
-
-from tpmodel.trainer.errors import UpdateOrderError, WeightUpdateError
+from tpmodel.trainer.discovery import Targets
+from tpmodel.trainer.errors import GangsDifferError, UpdateOrderError, WeightUpdateError
 from tpmodel.trainer.gang import Gang
+from tpmodel.trainer.group import GangGroup
+from tpmodel.trainer.membership import Membership
 from tpmodel.trainer.options import Running, UpdateOptions
 from tpmodel.trainer.transfer import Progress
 from tpmodel.trainer.update import Update, Weights
 from tpmodel.v1 import weights_pb2 as pb
-from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
-from tpmodel_worker.comm.rendezvous import start_store
-from tpmodel_worker.weights.group import join_update_group
-from tpmodel_worker.weights.indexed_group import IndexedGroups, join_indexed_groups
 from tpmodel_worker.weights.packing import TensorInfo, describe
-from tpmodel_worker.weights.ranks import TRAINER
+
+Gangs = Literal["all_at_once", "one_by_one"]
 
 _RUNNING = {
     "finish": pb.RUNNING_REQUESTS_FINISH,
     "keep": pb.RUNNING_REQUESTS_KEEP,
     "abort": pb.RUNNING_REQUESTS_ABORT,
 }
-_TRANSPORTS = {"ordered": pb.UPDATE_TRANSPORT_ORDERED, "indexed": pb.UPDATE_TRANSPORT_INDEXED}
-_MODES = {"in_place": pb.UPDATE_MODE_IN_PLACE, "shadow": pb.UPDATE_MODE_SHADOW}
-logger = logging.getLogger(__name__)
 
 
 def connect(
@@ -42,15 +33,16 @@ def connect(
     """Joins with the ranks of one gang or more.
 
     Args:
-        targets: host:port of the control port of every gang's leader.
+        targets: host:port of the control port of every gang's leader, or `dns:///host:port` for all gangs whose
+            addresses the name has, in Kubernetes status.trainersUrl; gangs may then come and go between updates.
         token: of the gangs.
         options: the dataclass, or a dict of its fields.
 
     Raises:
         WeightUpdateError: a gang can't be reached or can't join.
-        ValueError: the options can't be, or the gangs are not alike.
+        ValueError: the options or targets can't be, or the gangs are not alike.
     """
-    trainer = Trainer([targets] if isinstance(targets, str) else targets, token, UpdateOptions.of(options))
+    trainer = Trainer(targets, token, UpdateOptions.of(options))
     try:
         trainer.join()
     except BaseException:
@@ -62,15 +54,14 @@ def connect(
 class Trainer:
     """Sends the weights of one model to all ranks of its gangs. Not for several threads; a context manager."""
 
-    def __init__(self, targets: Sequence[str], token: str, options: UpdateOptions) -> None:
+    def __init__(self, targets: str | Sequence[str], token: str, options: UpdateOptions) -> None:
         """Does nothing yet; use connect."""
-        if not targets:
-            raise ValueError("there is no gang to connect to")
         self.options = options
         self._token = token
-        self._gangs = [Gang(target, token) for target in targets]
-        self._group: Communicator | IndexedGroups | None = None
-        self._store: TCPStore | None = None
+        self._membership = Membership(Targets(targets), token, options)
+        self._groups: list[GangGroup] = []
+        self._joined = False
+        self._closed = False
         self._update: Update | None = None
 
     def __enter__(self) -> Self:
@@ -82,75 +73,35 @@ class Trainer:
         self.close()
 
     @property
+    def _gangs(self) -> list[Gang]:
+        return self._membership.gangs
+
+    @property
+    def targets(self) -> list[str]:
+        """Control ports of the gangs, as found last."""
+        return [gang.target for gang in self._gangs]
+
+    @property
     def parameters(self) -> Mapping[str, pb.ParameterInfo]:
         """What a full set is made of, by name: shape, dtype and how the ranks split it."""
         return self._gangs[0].parameters
 
     def versions(self) -> list[int | None]:
-        """What every gang serves; None: nothing, its weights are not whole."""
+        """What every gang serves, in the order of targets; None: nothing, its weights are not whole."""
         return [gang.version() for gang in self._gangs]
 
     def join(self) -> None:
-        """Makes the group anew: after a failed update, or when a gang has lost a rank. Raises as connect."""
-        if self._update is not None:
-            raise UpdateOrderError("an update is under way: finish or abort it first")
+        """Joins all gangs anew: after a failed update, or when a gang has lost a rank. Raises as connect."""
+        self._refuse_while_updating()
         self._leave("the trainer joins anew")
-        for gang in self._gangs:
-            gang.describe()
-        self._check_gangs()
-        options = self.options
-        address = options.address or _own_address(self._gangs[0].target)
-        ranks = sum(gang.world_size for gang in self._gangs)
-        store = self._store = start_store(address)
-        with ThreadPoolExecutor(len(self._gangs)) as threads:
-            joining = [
-                threads.submit(
-                    gang.init, self._init_request(address, store.port, index, 1 + ranks), 2 * options.join_seconds
-                )
-                for index, gang in enumerate(self._gangs)
-            ]
-            failure: Exception | None = None
-            try:
-                self._group = self._join_group(address, store.port, 1 + ranks)
-            except CommunicatorError as error:
-                failure = error
-            for future in joining:
-                # What a gang says is more telling than that it did not come.
-                future.result()
-        if failure is not None:
-            raise WeightUpdateError("ABORTED", f"the group could not be joined: {failure}") from failure
-
-    def _join_group(self, address: str, port: int, size: int) -> Communicator | IndexedGroups:
-        options = self.options
-        device = torch.device(options.device)
-        if options.transport == "indexed":
-            return join_indexed_groups(
-                master_address=address,
-                master_port=port,
-                rank=TRAINER,
-                size=size,
-                device=device,
-                address=address,
-                backend=options.backend,
-                timeout_seconds=options.join_seconds,
-                deadline_seconds=options.deadline_seconds,
-            )
-        return join_update_group(
-            master_address=address,
-            master_port=port,
-            rank=TRAINER,
-            size=size,
-            device=device,
-            token=self._token,
-            address=address,
-            backend=options.backend,
-            timeout_seconds=options.join_seconds,
-            deadline_seconds=options.deadline_seconds,
-        )
+        self._closed = False
+        self._membership.find(anew=True)
+        self._groups = [GangGroup(self._gangs, self._token, self.options)]
+        self._joined = True
 
     @contextlib.contextmanager
     def update(self, version: int, *, running: Running = "keep") -> Iterator[Update]:
-        """An update that ends with finish where the block ends well, and with abort whatever else happens.
+        """An update of all gangs that ends with finish where the block ends well, and with abort whatever else happens.
 
         Args:
             version: above every one before; 0 is the checkpoint.
@@ -161,42 +112,58 @@ class Trainer:
             WeightUpdateError: a gang refused or failed. The message says what it serves now.
             UpdateOrderError: an update is under way, or the group has failed: join() first.
         """
-        if running not in _RUNNING:
-            raise ValueError(f"running is {running!r}: finish, keep or abort")
-        if self._update is not None:
-            raise UpdateOrderError("an update is under way: finish or abort it first")
-        if self._group is None:
-            raise UpdateOrderError("the group is gone: join() first")
-        update = self._update = Update(self._gangs, self._group, self.options)
-        try:
-            update._start(_RUNNING[running])
+        self._check_order(running)
+        self._reconcile()
+        with self._update_of(self._gangs, version, running) as update:
             yield update
-            update._finish(version)
-        except BaseException as error:
-            update._cancel()
-            self._abort(f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            self._update = None
 
     def send_weights(
-        self, weights: Weights, *, version: int, running: Running = "keep", progress: Progress | None = None
+        self,
+        weights: Weights | Callable[[], Weights],
+        *,
+        version: int,
+        running: Running = "keep",
+        progress: Progress | None = None,
+        gangs: Gangs = "all_at_once",
     ) -> None:
-        """One whole update: start, all tensors, finish.
+        """One whole update of every gang: start, all tensors, finish.
+
+        Gangs that serve this version already are left out where others do not, so that an update which failed on the
+        way is gone on with by sending it again.
 
         Args:
             weights: full tensors by their names in the checkpoint, on any device: a mapping, or pairs, which may be
-                made as they are asked for.
+                made as they are asked for, or a function that makes either.
             version: as in update.
             running: as in update.
-            progress: hears of bytes sent.
+            progress: hears of bytes sent, of each gang anew where they are updated one by one.
+            gangs: all_at_once sends every byte once, to all of them. one_by_one updates one gang after the other, so
+                that the others serve meanwhile; the first failure ends it. It needs the weights again for each gang.
 
-        Raises: as update, and ValueError for a tensor that the model does not have, before anything is sent.
+        Raises: as update; GangsDifferError where there are several gangs; and ValueError for a tensor that the model
+            does not have, before anything is sent.
         """
+        self._check_order(running)
+        if gangs not in ("all_at_once", "one_by_one"):
+            raise ValueError(f"gangs is {gangs!r}: all_at_once or one_by_one")
+        self._reconcile()
         if isinstance(weights, Mapping):
             self.check([describe(name, tensor) for name, tensor in weights.items()], full=True)
-        with self.update(version, running=running) as update:
-            update.send(weights, progress)
+        due = self._due(version)
+        parties = [due] if gangs == "all_at_once" else [[gang] for gang in due]
+        if len(parties) > 1 and isinstance(weights, Iterator):
+            raise ValueError(
+                "one_by_one sends the weights to each gang in turn: give a mapping, a sequence, or a function that "
+                "makes the pairs anew, no iterator"
+            )
+        try:
+            for party in parties:
+                with self._update_of(party, version, running) as update:
+                    update.send(weights() if callable(weights) else weights, progress)
+        except WeightUpdateError as error:
+            if len(self._gangs) == 1:
+                raise
+            raise GangsDifferError(error, version, self._membership.served()) from error
 
     def check(self, tensors: Sequence[TensorInfo], *, full: bool = False) -> None:
         """Raises ValueError where the gangs' models have no such tensor, or (full) a tensor that is not there."""
@@ -209,58 +176,100 @@ class Trainer:
             raise ValueError(f"{len(missing)} tensors of a full set are missing, the first is {missing[0]}")
 
     def close(self) -> None:
-        """Ends what is under way, leaves the group with all ranks, and closes the connections. Idempotent."""
-        if self._group is not None:
-            self._abort("the trainer is closed")
-        self._update = None
-        for gang in self._gangs:
-            gang.close()
+        """Ends what is under way, leaves the groups with all ranks, and closes the connections. Idempotent."""
+        for group in self._groups:
+            group.abort("the trainer is closed")
+        self._groups = []
+        self._joined, self._closed, self._update = False, True, None
+        self._membership.close()
 
-    def _abort(self, reason: str) -> None:
-        """Every gang ends the update, whatever the others say; the group is of no use afterwards."""
-        self._leave(reason)
-        for gang in self._gangs:
+    # ------------------------------------------------------------------------------------------ one update
+
+    @contextlib.contextmanager
+    def _update_of(self, gangs: Sequence[Gang], version: int, running: Running) -> Iterator[Update]:
+        group: GangGroup | None = None
+        update: Update | None = None
+        try:
+            group, update = self._started(gangs, running)
+            self._update = update
+            yield update
+            update.finish(version)
+        except BaseException as error:
+            self._joined = False
+            if update is not None:
+                update.cancel()
+            if group is not None:
+                self._drop(group, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._update = None
+
+    def _started(self, gangs: Sequence[Gang], running: Running) -> tuple[GangGroup, Update]:
+        """A group of these gangs in which an update has begun."""
+        group, is_new = self._group_of(gangs)
+        while True:
+            update = Update(group, self.options)
             try:
-                gang.abort(reason)
-            except WeightUpdateError as error:
-                logger.warning("%s", error)
+                update.start(_RUNNING[running])
+            except BaseException as error:
+                self._drop(group, f"{type(error).__name__}: {error}")
+                stale = isinstance(error, WeightUpdateError) and error.code == "FAILED_PRECONDITION"
+                if is_new or not stale or not self._membership.changing:
+                    raise
+                # A gang has a new world since the group was joined.
+                group, is_new = self._group_of(gangs)
+            else:
+                return group, update
+
+    def _group_of(self, gangs: Sequence[Gang]) -> tuple[GangGroup, bool]:
+        """The group of exactly these gangs, and whether it was joined just now."""
+        for group in self._groups:
+            if group.gangs == tuple(gangs):
+                return group, False
+        for group in [group for group in self._groups if set(group.gangs) & set(gangs)]:
+            # A gang is in one group at a time.
+            self._groups.remove(group)
+            group.leave("the trainer joins other groups")
+        joined = GangGroup(gangs, self._token, self.options)
+        self._groups.append(joined)
+        return joined, True
+
+    def _drop(self, group: GangGroup, reason: str) -> None:
+        if group in self._groups:
+            self._groups.remove(group)
+            group.abort(reason)
+
+    def _due(self, version: int) -> list[Gang]:
+        """All gangs but those that serve the version already; all, where none would be left."""
+        if len(self._gangs) == 1:
+            return self._gangs
+        return [gang for gang in self._gangs if gang.version() != version] or self._gangs
+
+    def _check_order(self, running: Running) -> None:
+        if running not in _RUNNING:
+            raise ValueError(f"running is {running!r}: finish, keep or abort")
+        self._refuse_while_updating()
+        if not self._joined and (self._closed or not self._membership.changing):
+            raise UpdateOrderError("the group is gone: join() first")
+
+    def _refuse_while_updating(self) -> None:
+        if self._update is not None:
+            raise UpdateOrderError("an update is under way: finish or abort it first")
+
+    # ---------------------------------------------------------------------------------------------- groups
+
+    def _reconcile(self) -> None:
+        """The gangs are those that there are now; groups with one that has gone are left."""
+        if not self._membership.changing:
+            return
+        self._membership.find(anew=False)
+        for group in [group for group in self._groups if not set(group.gangs) <= set(self._gangs)]:
+            self._groups.remove(group)
+            group.leave("a gang has gone")
+        self._joined = True
 
     def _leave(self, reason: str) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort(reason)
-            group.close()
-        self._store = None
-
-    def _check_gangs(self) -> None:
-        first = self._gangs[0]
-        kind = torch.device(self.options.device).type
-        for gang in self._gangs:
-            if gang.device != kind and self.options.backend != "gloo":
-                raise ValueError(f"gang {gang.target} is on {gang.device}, the trainer's device is {kind}")
-            if (gang.world_size, gang.parameters) != (first.world_size, first.parameters):
-                raise ValueError(f"gangs {first.target} and {gang.target} have other models or world sizes")
-
-    def _init_request(self, address: str, port: int, index: int, group_size: int) -> pb.InitUpdateRequest:
-        return pb.InitUpdateRequest(
-            master_address=address,
-            master_port=port,
-            rank_offset=1,
-            world_size=group_size,
-            mode=_MODES[self.options.mode],
-            gang_index=index,
-            timeout_seconds=self.options.join_seconds,
-            deadline_seconds=self.options.deadline_seconds,
-            transport=_TRANSPORTS[self.options.transport],
-            backend=self.options.backend,
-        )
-
-
-def _own_address(target: str) -> str:
-    """The address of this machine from which a target is reached; nothing is sent."""
-    host, _, port = target.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)
-        return probe.getsockname()[0]
+        for group in self._groups:
+            group.leave(reason)
+        self._groups = []
+        self._joined = False

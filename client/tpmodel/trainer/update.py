@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from tpmodel.trainer.errors import UpdateOrderError
-from tpmodel.trainer.gang import Gang
+from tpmodel.trainer.group import GangGroup
 from tpmodel.trainer.options import UpdateOptions
 from tpmodel.trainer.transfer import Progress, make_transfer
 from tpmodel.v1 import weights_pb2 as pb
-from tpmodel_worker.comm.communicator import Communicator
-from tpmodel_worker.weights.indexed_group import IndexedGroups
 
 Weights = Mapping[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]] | Sequence[tuple[str, torch.Tensor]]
 _FINISH_SECONDS = 3600.0
@@ -21,10 +19,10 @@ _FINISH_SECONDS = 3600.0
 class Update:
     """What is between start and finish. Use Trainer.update."""
 
-    def __init__(self, gangs: Sequence[Gang], group: Communicator | IndexedGroups, options: UpdateOptions) -> None:
-        self._gangs = gangs
+    def __init__(self, group: GangGroup, options: UpdateOptions) -> None:
+        self._gangs = group.gangs
         self._options = options
-        self._transfer = make_transfer(gangs, group, options)
+        self._transfer = make_transfer(group.gangs, group.communicator, options)
         self._started = False
 
     def send(self, weights: Weights, progress: Progress | None = None) -> None:
@@ -44,18 +42,21 @@ class Update:
         for group in _in_groups(weights, self._options.group_bytes):
             self._transfer.send(group, progress)
 
-    def _start(self, running: pb.RunningRequests.ValueType) -> None:
+    def start(self, running: pb.RunningRequests.ValueType) -> None:
+        """Every gang pauses, or makes room. Trainer.update calls it."""
         for gang in self._gangs:
             gang.start(running, _FINISH_SECONDS)
         self._started = True
 
-    def _finish(self, version: int) -> None:
+    def finish(self, version: int) -> None:
+        """Every gang commits. Trainer.update calls it."""
         self._started = False
         self._transfer.finish()
         for gang in self._gangs:
             gang.finish(version)
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
+        """Ends what is under way. Trainer.update calls it."""
         self._started = False
         self._transfer.cancel()
 

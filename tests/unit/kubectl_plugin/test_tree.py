@@ -196,4 +196,4 @@ def test_the_weights_of_a_gang_are_shown_and_what_to_do_where_they_are_lost() ->
     text = tree(cluster)
     assert text.count("weights of version 3") == 1
     assert "WeightsLost: version 3 is lost; send a full set" in text
-    assert "have a trainer send a full set" in line_with(text, "WeightsReady")
+    assert "to go back to the checkpoint instead" in line_with(text, "WeightsReady")

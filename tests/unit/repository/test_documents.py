@@ -118,7 +118,7 @@ def test_every_file_that_a_command_applies_exists() -> None:
     applied = [arguments for _, arguments in typed("kubectl apply")]
     files = [arguments[arguments.index("-f") + 1] for arguments in applied if "-f" in arguments]
     assert {ROOT / file for file in files if file.startswith("examples/kubernetes/")} == {
-        *(EXAMPLES / f"{name}.yaml" for name in ("cpu-demo", "cpu-demo-claim", "gpu-1x4"))
+        *(EXAMPLES / f"{name}.yaml" for name in ("cpu-demo", "cpu-demo-claim", "gpu-1x4", "send-checkpoint"))
     }
     assert all((ROOT / file).exists() for file in files)
 
