@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from tpmodel.v1 import worker_pb2
-from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.arenas.identity import ArenaId
+from tpmodel_worker.arenas.keeper import ArenaKeeper
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.checkpoint_files import read_checkpoint
@@ -63,7 +63,7 @@ def load_model(
     load_format: LoadFormat,
     paths: Sequence[str | Path],
     dummy_seed: int,
-    arenas: ArenaClient,
+    arenas: ArenaKeeper,
     model_id: str,
     progress: Progress,
 ) -> LoadedModel:
@@ -141,7 +141,7 @@ def load_model(
 
 
 def _map_held(
-    arenas: ArenaClient,
+    arenas: ArenaKeeper,
     wanted: worker_pb2.ArenaManifest,
     plan: ArenaPlan,
     device: torch.device,

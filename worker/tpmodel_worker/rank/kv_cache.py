@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from tpmodel.v1 import worker_pb2 as pb
-from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.host import free_host_bytes
 from tpmodel_worker.arenas.identity import ArenaId
+from tpmodel_worker.arenas.keeper import ArenaKeeper
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.models.batch import LayerCache, LayerKvCache, LayerState, StateShape
 from tpmodel_worker.rank.errors import RequestError
@@ -157,7 +157,7 @@ def _free_bytes(demand: KvDemand, device: torch.device) -> int:
     return int(min(_HOST_FRACTION * free_host_bytes(), _HOST_MOST_BYTES)) // demand.ranks_on_host
 
 
-def release_kv_arena(rank: int, arenas: ArenaClient) -> None:
+def release_kv_arena(rank: int, arenas: ArenaKeeper) -> None:
     """Makes the supervisor let go of a rank's KV cache, if it holds one."""
     arenas.release(ArenaId(rank, "kv"))
 
@@ -173,7 +173,7 @@ class KvCache:
         keeps_state: Sequence[bool],
         rank: int,
         device: torch.device,
-        arenas: ArenaClient,
+        arenas: ArenaKeeper,
     ) -> None:
         """Makes the arena and hands it to the supervisor.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tpmodel.v1 import worker_pb2 as pb
-from tpmodel_worker.arenas.client import ArenaClient
+from tpmodel_worker.arenas.keeper import ArenaKeeper
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.load import LoadedModel, LoadFormat, Progress, load_model
@@ -64,7 +64,7 @@ class _Shard:
 class ShardHolder:
     """At most one model shard and its KV cache. Used by the computing thread only."""
 
-    def __init__(self, *, rank: int, device: torch.device, arenas: ArenaClient, device_sharers: int = 1) -> None:
+    def __init__(self, *, rank: int, device: torch.device, arenas: ArenaKeeper, device_sharers: int = 1) -> None:
         """device_sharers: ranks that have the same CUDA device, this one included."""
         self._device_sharers = device_sharers
         self._rank = rank
