@@ -95,5 +95,7 @@ class ModelSource(Model):
     (1024): requests that may wait. api_processes (1): processes that face clients. communicator (auto, shared_memory,
     gloo, nccl). step_deadline (5, on cpu 30): least seconds before a step counts as hung. respawn (fork): how
     a dead rank is replaced; spare is fastest and keeps a CUDA context on every device of a pod, cold is slowest and
-    keeps nothing. expert_parallel (false): every rank holds some experts of a mixture of experts whole, instead of a
-    part of each. dummy_seed: for loadFormat dummy."""
+    keeps nothing. In mode InPlace: rebuild_limit (10): rebuilds in place, without rebuild_stability_window (300)
+    seconds of serving between them, after which all pods restart. rebuild_wait (60): seconds that a request without a
+    deadline waits for a rebuild. expert_parallel (false): every rank holds some experts of a mixture of experts whole,
+    instead of a part of each. dummy_seed: for loadFormat dummy."""

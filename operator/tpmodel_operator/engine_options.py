@@ -35,6 +35,9 @@ ENGINE_OPTIONS: dict[str, OptionShape] = {
     "communicator": OptionShape("^(auto|shared_memory|gloo|nccl)$", "auto, shared_memory, gloo or nccl"),
     "step_deadline": _SECONDS,
     "respawn": OptionShape("^(cold|fork|spare)$", "cold, fork or spare"),
+    "rebuild_limit": OptionShape("^(0|[1-9][0-9]{0,5})$", "a whole number of at least 0"),
+    "rebuild_wait": _SECONDS,
+    "rebuild_stability_window": _SECONDS,
     "expert_parallel": _FLAG,
     "dummy_seed": OptionShape("^[0-9]{1,18}$", "a whole number"),
 }

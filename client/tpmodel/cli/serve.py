@@ -72,7 +72,9 @@ class ByteSize(click.ParamType):
 @click.option("--rebuild-wait", type=click.FloatRange(min=0), default=60.0, show_default=True,
               help="Seconds that a request without a deadline waits for a rebuild.")  # fmt: skip
 @click.option("--rebuild-limit", type=click.IntRange(min=0), default=10, show_default=True,
-              help="Rebuilds without 5 minutes of serving between them; one more ends the server.")  # fmt: skip
+              help="Rebuilds without that much serving between them; one more ends the server.")  # fmt: skip
+@click.option("--rebuild-stability-window", type=click.FloatRange(min=0), default=300.0, show_default=True,
+              help="Seconds of serving that give the whole rebuild limit back.")  # fmt: skip
 @click.option("--step-deadline", type=click.FloatRange(min=0), default=0.0,
               help="Least seconds before a step counts as hung; default: 5, on CPU 30.")  # fmt: skip
 @click.option("--token-file", type=click.Path(exists=True, dir_okay=False), default=None,
@@ -128,6 +130,7 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         recovery_mode="InPlace" if options["recovery"] == "in-place" else "Restart",
         rebuild_wait=options["rebuild_wait"],
         rebuild_limit=options["rebuild_limit"],
+        rebuild_stability_window=options["rebuild_stability_window"],
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
         block_size=options["block_size"],

@@ -55,7 +55,7 @@ def test_the_defaults_that_users_read_are_the_workers() -> None:
     described = ModelSource.model_fields["engine_options"].description or ""
     defaults = {name: value for name, value in re.findall(r"(\w+) \((\w+)\)", described) if name in ENGINE_OPTIONS}
     settings = ServeSettings(model_path="", model_id="", served_name="")
-    assert len(defaults) == 7
+    assert len(defaults) == 10
     assert {name: str(getattr(settings, name)).lower().removesuffix(".0") for name in defaults} == defaults
 
 

@@ -184,6 +184,9 @@ def _refusal(run: Callable[[], object]) -> None:
         ("communicator=gloo", {"communicator": "gloo"}),
         ("step_deadline=7.5", {"step_deadline": 7.5}),
         ("respawn=spare", {"respawn": "spare"}),
+        ("rebuild_limit=0", {"rebuild_limit": 0}),
+        ("rebuild_wait=90", {"rebuild_wait": 90.0}),
+        ("rebuild_stability_window=600", {"rebuild_stability_window": 600.0}),
         ("dummy_seed=0", {"dummy_seed": 0}),
     ],
 )
@@ -194,7 +197,8 @@ def test_engine_options_are_read(given: str, values: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "given",
     ["max_num_seqs=0", "max_num_seqs=many", "block_size=257", "kv_cache_memory=lots", "prefix_cache=yes",
-     "communicator=mpi", "step_deadline=0", "step_deadline=nan", "api_processes=65", "respawn=never", "max_num_seqs"],
+     "communicator=mpi", "step_deadline=0", "step_deadline=nan", "api_processes=65", "respawn=never", "max_num_seqs",
+     "rebuild_limit=-1", "rebuild_wait=0", "rebuild_stability_window=long"],
 )  # fmt: skip
 def test_an_engine_option_with_another_value_is_refused_with_what_to_write(given: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"--engine-option {given}: write \w+"):

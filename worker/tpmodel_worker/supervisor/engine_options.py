@@ -74,6 +74,9 @@ _OPTIONS: Mapping[str, _Option] = MappingProxyType(
         "communicator": _Option("communicator", _choice(*_COMMUNICATORS), "auto, shared_memory, gloo or nccl"),
         "step_deadline": _Option("step_deadline", _seconds, "seconds, such as 30"),
         "respawn": _Option("respawn", _choice("cold", "fork", "spare"), "cold, fork or spare"),
+        "rebuild_limit": _Option("rebuild_limit", _count(0), "a whole number of at least 0"),
+        "rebuild_wait": _Option("rebuild_wait", _seconds, "seconds, such as 60"),
+        "rebuild_stability_window": _Option("rebuild_stability_window", _seconds, "seconds, such as 300"),
         "expert_parallel": _Option("expert_parallel", _flag, "true or false"),
         "dummy_seed": _Option("dummy_seed", _count(0, 2**63 - 1), "a whole number"),
     }
