@@ -1,21 +1,31 @@
-"""The whole server with a model that keeps recurrent state: slots, memory and blocks under pressure."""
+"""The whole server with a model that keeps recurrent state: slots, memory and blocks under pressure, and a rebuild.
+
+Its experts are whole on a rank each: what a rank maps again after its death includes them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 import urllib.request
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import grpc
 import pytest
 
-from support.checkpoints import ARCHITECTURES, HYBRID, make_checkpoint, random_prompts
+from support.checkpoints import ARCHITECTURES, HYBRID, WHOLE_EXPERTS, make_checkpoint, random_prompts
 from support.devices import DEVICES
 from support.oracle import Reference, TieLedger
 from tpmodel import AsyncClient
+from tpmodel.channel import RetryPolicy
 from tpmodel.local import LocalServer
+from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 
 TP, SLOTS, BLOCK, BLOCKS, TOKENS = 2, 3, 16, 24, 80
+STEP_TOKENS = 96
 
 
 def state_bytes() -> int:
@@ -52,31 +62,91 @@ async def under_pressure(target: str, prompts: list[list[int]]) -> list[tuple[in
     return [result.token_ids[0] for result in results]
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server, what it should answer, and its ties."""
+
+    server: LocalServer
+    reference: Reference
+    ledger: TieLedger
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("hybrid"), **ARCHITECTURES["qwen3_next"] | WHOLE_EXPERTS)
+    reference = Reference(checkpoint)
+    memory = state_bytes() + (BLOCKS + 1) * block_bytes()
+    options = ["--dtype", "float32", "--max-num-seqs", str(SLOTS), "--kv-cache-memory", str(memory)]
+    options += ["--max-model-len", "256", "--max-num-batched-tokens", str(STEP_TOKENS), "--log-format", "text"]
+    options += ["--expert-parallel", "--recovery", "in-place"]
+    if request.param == "cuda":
+        options.append("--share-devices")
+    with LocalServer(checkpoint, tp=TP, device=request.param, options=options) as server:
+        # Whoever wanted to read weights again could not.
+        (checkpoint / "model.safetensors").unlink()
+        yield Served(server, reference, TieLedger())
+
+
 def metric(server: LocalServer, name: str) -> float:
     with urllib.request.urlopen(f"{server.http_url}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_slots_blocks_and_clients_come_and_go(device: str, tmp_path: Path) -> None:
-    """Preemption, cancels, several samples and repeated prompts; with blocks for fewer than all slots' sequences."""
-    checkpoint = make_checkpoint(tmp_path, **ARCHITECTURES["qwen3_next"])
-    reference, ledger = Reference(checkpoint), TieLedger()
-    prompts = random_prompts(8, shortest=60, longest=100, vocabulary=512, seed=11)
-    memory = state_bytes() + (BLOCKS + 1) * block_bytes()
-    options = ["--dtype", "float32", "--max-num-seqs", str(SLOTS), "--kv-cache-memory", str(memory)]
-    options += ["--max-model-len", "256", "--max-num-batched-tokens", "96", "--log-format", "text"]
-    with LocalServer(checkpoint, tp=TP, device=device, options=options) as server:
-        served = asyncio.run(under_pressure(server.target, prompts))
-        again = asyncio.run(under_pressure(server.target, prompts[:2]))
-        assert metric(server, "tpmodel_preemptions_total") > 0
-        assert metric(server, "tpmodel_prefix_cache_hits_total") == 0
-        assert metric(server, "tpmodel_prefix_cache_queries_total") == 0
-        log = server.output
-    for index, prompt in enumerate(prompts):
-        reference.check_greedy(prompt, served[index], ledger, what=f"prompt {index}")
-    assert again == served[:2]
-    assert f"{BLOCKS} KV blocks of {BLOCK} tokens" in log
+def test_the_memory_of_blocks_and_states_is_planned_together_and_reported_at_start(served: Served) -> None:
+    """What --kv-cache-memory leaves beside the states of all slots is blocks; and there is no prefix cache."""
+    log = served.server.output
+    assert log.count(f"{BLOCKS} KV blocks of {BLOCK} tokens") == 1
     line = f"recurrent state of {SLOTS} sequences takes {state_bytes()} bytes of each rank, beside the KV blocks"
     assert log.count(f"{line}; the prefix cache is off: blocks do not hold that state") == 1
+
+
+def test_slots_blocks_and_clients_come_and_go(served: Served) -> None:
+    """Prompts in chunks, preemption, cancels, several samples and repeated prompts.
+
+    There are blocks for fewer than all slots' sequences.
+    """
+    prompts = random_prompts(8, shortest=60, longest=170, vocabulary=512, seed=11)
+    assert max(len(prompt) for prompt in prompts) > STEP_TOKENS
+    server = served.server
+    answers = asyncio.run(under_pressure(server.target, prompts))
+    again = asyncio.run(under_pressure(server.target, prompts[:2]))
+    assert metric(server, "tpmodel_preemptions_total") > 0
+    assert metric(server, "tpmodel_prefix_cache_hits_total") == 0
+    assert metric(server, "tpmodel_prefix_cache_queries_total") == 0
+    for index, prompt in enumerate(prompts):
+        served.reference.check_greedy(prompt, answers[index], served.ledger, what=f"prompt {index}")
+    assert again == answers[:2]
+
+
+def gang_status(server: LocalServer) -> worker_pb2.GangStatusResponse:
+    with grpc.insecure_channel(server.health_target) as channel:
+        return worker_pb2_grpc.StatusServiceStub(channel).GangStatus(worker_pb2.GangStatusRequest(), timeout=10)
+
+
+async def with_a_rank_killed(server: LocalServer, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """Every prompt's greedy tokens over connections that never resume; rank 1 dies amid the first answer."""
+    victim = next(process.pid for process in gang_status(server).processes if process.name == "rank 1")
+    async with AsyncClient(server.target, retry=RetryPolicy(window=0)) as client:
+
+        async def answer(prompt: list[int], kill_after: int) -> tuple[int, ...]:
+            stream = client.generate(prompt, max_tokens=160, temperature=0, ignore_eos=True)
+            chunks = 0
+            async for _ in stream:
+                chunks += 1
+                if chunks == kill_after:
+                    os.kill(victim, signal.SIGKILL)
+            return (await stream.result()).token_ids[0]
+
+        return list(await asyncio.gather(*(answer(prompt, 6 * (not place)) for place, prompt in enumerate(prompts))))
+
+
+def test_streams_go_on_with_their_tokens_when_a_rank_dies(served: Served) -> None:
+    """P17: the world is rebuilt in place, states are computed anew; running, half-computed and waiting requests."""
+    prompts = random_prompts(5, shortest=30, longest=90, vocabulary=512, seed=12)
+    answers = asyncio.run(with_a_rank_killed(served.server, prompts))
+    (rebuild,) = gang_status(served.server).engine.last_rebuilds
+    assert rebuild.replayed_requests >= 2
+    for index, prompt in enumerate(prompts):
+        assert len(answers[index]) == 160
+        served.reference.check_greedy(prompt, answers[index], served.ledger, what=f"prompt {index}")
