@@ -1,6 +1,7 @@
 """Products of a mixture of experts: every token with the few experts that it was routed to.
 
-Tokens are sorted by expert, so that each expert's weights are read once and meet all their tokens in one product.
+On CUDA a few tokens take kernels of their own (experts_triton). Else tokens are sorted by expert, so that each expert's
+weights are read once and meet all their tokens in one product.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
+from tpmodel_worker.kernels.fusion import silu_and_multiply
 from tpmodel_worker.kernels.linear import linear
 
+FEW_PAIRS = 512
+"""Tokens times their experts that experts_triton takes, which looks through all of them for each expert."""
 _GROUPED_ALIGNMENT = 8
 """torch's grouped product on CUDA takes bfloat16 rows of a multiple of 16 bytes."""
 
@@ -37,9 +41,13 @@ def mix_experts(
 
     Returns:
         (T, hidden size) in hidden's dtype. The k outputs of a token are added in the order of expert_ids, so that no
-        other token changes the result. On CUDA nothing waits for the device where can_group says True.
+        other token changes the result. On CUDA nothing waits for the device in 16 bits, and with few tokens.
     """
     tokens, per_token = expert_ids.shape
+    if hidden.is_cuda and tokens * per_token <= FEW_PAIRS:
+        from tpmodel_worker.kernels.experts_triton import mix_few
+
+        return mix_few(hidden, expert_ids, expert_weights, gate_up, down, first=first)
     experts = gate_up.shape[0]
     places = expert_ids.flatten()
     if first is not None:
@@ -62,6 +70,27 @@ def mix_experts(
     return sorted_back.unflatten(0, (tokens, per_token)).sum(1)
 
 
+def route(logits: torch.Tensor, per_token: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts with the highest probabilities.
+
+    Args:
+        logits: (T, experts), contiguous.
+        per_token: k.
+        normalise: whether the k weights of a token are made to sum to 1.
+
+    Returns:
+        (T, k) int64 ids and (T, k) weights in the logits' dtype; computed in float32.
+    """
+    if logits.is_cuda:
+        from tpmodel_worker.kernels.experts_triton import route_rows
+
+        return route_rows(logits, per_token, normalise=normalise)
+    weights, ids = logits.softmax(dim=-1, dtype=torch.float32).topk(per_token, dim=-1)
+    if normalise:
+        weights /= weights.sum(dim=-1, keepdim=True)
+    return ids, weights.to(logits.dtype)
+
+
 def can_group(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
     """Whether torch has one kernel for all experts' products: on CUDA, in bfloat16, with aligned rows."""
     aligned = gate_up.shape[-1] % _GROUPED_ALIGNMENT == 0 and down.shape[-1] % _GROUPED_ALIGNMENT == 0
@@ -76,8 +105,8 @@ def multiply_grouped(
     What rows after the last expert's get is not said.
     """
     ends = counts.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    inner = silu_and_multiply(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+    return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
 
 
 def multiply_looped(
@@ -86,8 +115,8 @@ def multiply_looped(
     """As multiply_grouped, one product for each expert that has tokens; the counts are read on the host."""
     outputs = torch.empty_like(rows)
     for expert, start, end in _groups(counts.tolist()):
-        gate, up = linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
-        outputs[start:end] = linear(F.silu(gate).mul_(up), down[expert])
+        inner = silu_and_multiply(linear(rows[start:end], gate_up[expert]))
+        outputs[start:end] = linear(inner, down[expert])
     return outputs
 
 

@@ -7,20 +7,17 @@ computed in plain torch, in float32.
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from tpmodel_worker.kernels.fla_chunks import chunk_kernel
 from tpmodel_worker.kernels.gated_delta import DeltaGates, GatedDelta
 from tpmodel_worker.kernels.gated_delta_torch import PIECE, Pieces, cut_chunks, prefill_pieces, rule_inputs
 from tpmodel_worker.kernels.gated_delta_triton import convolve_rows, decode_rows, keep_last_rows
 from tpmodel_worker.models.batch import ForwardBatch, LayerState
-
-_LOGGER = logging.getLogger(__name__)
 
 
 class CudaGatedDelta(GatedDelta):
@@ -109,18 +106,3 @@ class CudaGatedDelta(GatedDelta):
         within = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
         pieces = torch.from_numpy(np.stack((chunks, within), axis=1)).pin_memory()
         return starts, pieces.to(starts.device, non_blocking=True)
-
-
-@functools.cache
-def chunk_kernel() -> Callable[..., Any] | None:
-    """fla-core's kernel for whole chunks; None, and a line in the log, where it is not installed."""
-    try:
-        module = importlib.import_module("fla.ops.gated_delta_rule")
-    except ModuleNotFoundError as error:
-        _LOGGER.warning(
-            "prompts of linear-attention layers are computed in plain torch, which is slower: %s; install fla-core as "
-            "requirements/torch.txt has it",
-            error,
-        )
-        return None
-    return module.chunk_gated_delta_rule

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
-from tpmodel_worker.kernels.experts import mix_experts
+from tpmodel_worker.kernels.experts import mix_experts, route
 from tpmodel_worker.models.config_types import ExpertsConfig
 from tpmodel_worker.models.feed_forward import SwigluMlp
 from tpmodel_worker.models.layers import CommunicatingModule, ReplicatedLinear
@@ -27,11 +27,7 @@ class Router(ReplicatedLinear):
 
     def route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, hidden size) -> expert ids (T, k) int64 and their weights (T, k) in hidden's dtype."""
-        probabilities = self(hidden).softmax(dim=-1, dtype=torch.float32)
-        weights, ids = probabilities.topk(self.per_token, dim=-1)
-        if self.normalise:
-            weights /= weights.sum(dim=-1, keepdim=True)
-        return ids, weights.to(hidden.dtype)
+        return route(self(hidden), self.per_token, normalise=self.normalise)
 
 
 class ExpertShard:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.kernels.fusion import silu_and_multiply
 from tpmodel_worker.models.layers import MergedColumnParallelLinear, RowParallelLinear
 
 
@@ -29,5 +29,4 @@ class SwigluMlp(nn.Module):
         return self.down_proj.share(self._inner(hidden))
 
     def _inner(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return silu_and_multiply(self.gate_up_proj(hidden))

@@ -7,10 +7,10 @@ and of the state. Only the output projection exchanges anything, by one all-redu
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.kernels.fusion import gated_normalise
 from tpmodel_worker.kernels.gated_delta import DeltaGates, GatedDelta
 from tpmodel_worker.kernels.linear import linear
 from tpmodel_worker.models.batch import LayerState, StateShape
@@ -235,5 +235,4 @@ class GatedRmsNorm(RmsNorm):
 
     def forward(self, hidden: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(T, heads, size), gate alike -> the same shape."""
-        normalised = super().forward(hidden)
-        return (normalised * F.silu(gate.float())).to(hidden.dtype)
+        return gated_normalise(hidden, gate, self.weight, self.eps)

@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.kernels.fusion import add_and_normalise
 from tpmodel_worker.kernels.linear import linear
 from tpmodel_worker.models.sharding import HeadShard, ShardedModule, TensorPart, VocabShard, divide, empty_weight
 
@@ -29,15 +30,18 @@ class CommunicatingModule(nn.Module):
 class RmsNorm(ShardedModule):
     """Divides by the root of the mean square of the last dimension, then scales. Whole on every rank."""
 
+    zero_centred = False
+    """Whether the scale is 1 + weight."""
+
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.size = size
         self.eps = eps
         self.weight = empty_weight(size, dtype=dtype)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., size) -> the same shape; the mean is taken in float32."""
-        return F.rms_norm(hidden, (self.size,), self.weight, self.eps)
+    def forward(self, hidden: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
+        """(T, size), to which update is added in place before -> the same shape; the mean is taken in float32."""
+        return add_and_normalise(hidden, update, self.weight, self.eps, zero_centred=self.zero_centred)
 
     def parts(self, name: str) -> list[TensorPart]:
         """The whole tensor."""
@@ -49,9 +53,7 @@ class RmsNorm(ShardedModule):
 class ZeroCentredRmsNorm(RmsNorm):
     """RmsNorm whose scale is 1 + weight, applied in float32."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., size) -> the same shape."""
-        return F.rms_norm(hidden.float(), (self.size,), self.weight.float() + 1.0, self.eps).to(hidden.dtype)
+    zero_centred = True
 
 
 class MergedColumnParallelLinear(ShardedModule):

@@ -9,7 +9,7 @@ from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.kernels.attention import PagedAttention, prepare_attention
-from tpmodel_worker.kernels.kv_cache import write_kv
+from tpmodel_worker.kernels.fusion import HeadNorms, prepare_heads
 from tpmodel_worker.models.batch import ForwardBatch, LayerCache, LayerKvCache
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config_types import ModelConfig
@@ -21,7 +21,7 @@ from tpmodel_worker.models.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from tpmodel_worker.models.rotary import RotaryEmbedding, rotate
+from tpmodel_worker.models.rotary import RotaryEmbedding
 from tpmodel_worker.models.sharding import HeadShard, VocabShard
 
 
@@ -48,11 +48,10 @@ class Qwen3Attention(nn.Module):
         attention: PagedAttention,
     ) -> torch.Tensor:
         """(T, hidden size) -> the same; writes this step's keys and values into the cache."""
-        query, key, value = self.qkv_proj(hidden).split(self.qkv_proj.counts, dim=1)
-        query = rotate(self.q_norm(query), *rotation)
-        key = rotate(self.k_norm(key), *rotation)
-        write_kv(key, value, cache, attention.kv_rows)
-        output = attention.attend(query, key, value, cache, self.scale)
+        norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, zero_centred=False)
+        projected, counts = self.qkv_proj(hidden), self.qkv_proj.counts
+        heads = prepare_heads(projected, counts, norms, rotation, cache, attention.kv_rows, gated=False)
+        output = attention.attend(heads.query, heads.key, heads.value, cache, self.scale)
         return self.o_proj(output.flatten(1))
 
 
@@ -70,14 +69,14 @@ class Qwen3DecoderLayer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
+        update: torch.Tensor | None,
         rotation: tuple[torch.Tensor, torch.Tensor],
         cache: LayerKvCache,
         attention: PagedAttention,
     ) -> torch.Tensor:
-        """(T, hidden size), the residual stream, which is added to in place -> itself."""
-        hidden += self.self_attn(self.input_layernorm(hidden), rotation, cache, attention)
-        hidden += self.mlp(self.post_attention_layernorm(hidden))
-        return hidden
+        """Adds the last layer's update to the residual stream (T, hidden size), in place -> this layer's update."""
+        update = self.self_attn(self.input_layernorm(hidden, update), rotation, cache, attention)
+        return self.mlp(self.post_attention_layernorm(hidden, update))
 
 
 class Qwen3Model(nn.Module):
@@ -102,9 +101,10 @@ class Qwen3Model(nn.Module):
         attention = prepare_attention(batch, caches[0])
         rotation = self.rotary(batch.positions, self.dtype)
         hidden = self.embed_tokens(batch.token_ids)
+        update: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer(hidden, rotation, cache, attention)
-        return self.norm(hidden[batch.sample_rows])
+            update = layer(hidden, update, rotation, cache, attention)
+        return self.norm(hidden[batch.sample_rows], None if update is None else update[batch.sample_rows])
 
 
 class Qwen3ForCausalLM(CausalLanguageModel):

@@ -10,8 +10,8 @@ from torch import nn
 
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.kernels.attention import PagedAttention, prepare_attention
+from tpmodel_worker.kernels.fusion import HeadNorms, multiply_by_sigmoid, prepare_heads
 from tpmodel_worker.kernels.gated_delta import GatedDelta, prepare_gated_delta
-from tpmodel_worker.kernels.kv_cache import write_kv
 from tpmodel_worker.models.batch import ForwardBatch, LayerCache, LayerKvCache, LayerState
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config_types import LinearAttentionConfig, ModelConfig
@@ -25,7 +25,7 @@ from tpmodel_worker.models.layers import (
     VocabParallelEmbedding,
     ZeroCentredRmsNorm,
 )
-from tpmodel_worker.models.rotary import RotaryEmbedding, rotate
+from tpmodel_worker.models.rotary import RotaryEmbedding
 from tpmodel_worker.models.sharding import HeadShard, VocabShard
 
 
@@ -57,13 +57,12 @@ class GatedAttention(nn.Module):
         attention: PagedAttention,
     ) -> torch.Tensor:
         """(T, hidden size) -> the same; writes this step's keys and values into the cache."""
-        gated_query, key, value = self.qkv_proj(hidden).split(self.qkv_proj.counts, dim=1)
-        query, gate = gated_query.unflatten(1, (-1, 2)).unbind(2)
-        query = rotate(self.q_norm(query), *rotation)
-        key = rotate(self.k_norm(key), *rotation)
-        write_kv(key, value, cache, attention.kv_rows)
-        output = attention.attend(query, key, value, cache, self.scale)
-        return self.o_proj(output.mul_(gate.sigmoid()).flatten(1))
+        norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, zero_centred=True)
+        projected, counts = self.qkv_proj(hidden), self.qkv_proj.counts
+        heads = prepare_heads(projected, counts, norms, rotation, cache, attention.kv_rows, gated=True)
+        output = attention.attend(heads.query, heads.key, heads.value, cache, self.scale)
+        assert heads.gate is not None, "queries are gated"
+        return self.o_proj(multiply_by_sigmoid(output, heads.gate).flatten(1))
 
 
 class HybridDecoderLayer(nn.Module):
@@ -93,19 +92,19 @@ class HybridDecoderLayer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
+        update: torch.Tensor | None,
         rotation: tuple[torch.Tensor, torch.Tensor],
         cache: LayerCache,
         attention: PagedAttention,
         delta: GatedDelta,
     ) -> torch.Tensor:
-        """(T, hidden size), the residual stream, which is added to in place -> itself."""
-        normalised = self.input_layernorm(hidden)
+        """Adds the last layer's update to the residual stream (T, hidden size), in place -> this layer's update."""
+        normalised = self.input_layernorm(hidden, update)
         if self.linear_attn is not None:
-            hidden += self.linear_attn(normalised, cast("LayerState", cache), delta)
+            update = self.linear_attn(normalised, cast("LayerState", cache), delta)
         elif self.self_attn is not None:
-            hidden += self.self_attn(normalised, rotation, cast("LayerKvCache", cache), attention)
-        hidden += self.mlp(self.post_attention_layernorm(hidden))
-        return hidden
+            update = self.self_attn(normalised, rotation, cast("LayerKvCache", cache), attention)
+        return self.mlp(self.post_attention_layernorm(hidden, update))
 
 
 class HybridModel(nn.Module):
@@ -141,9 +140,10 @@ class HybridModel(nn.Module):
         delta = prepare_gated_delta(batch, self.taps)
         rotation = self.rotary(batch.positions, self.dtype)
         hidden = self.embed_tokens(batch.token_ids)
+        update: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer(hidden, rotation, cache, attention, delta)
-        return self.norm(hidden[batch.sample_rows])
+            update = layer(hidden, update, rotation, cache, attention, delta)
+        return self.norm(hidden[batch.sample_rows], None if update is None else update[batch.sample_rows])
 
 
 class HybridCausalLM(CausalLanguageModel):

@@ -45,14 +45,6 @@ class RotaryEmbedding(nn.Module):
         return cosines.unsqueeze(1).to(dtype), sines.unsqueeze(1).to(dtype)
 
 
-def rotate(vectors: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """(T, heads, head_dim) turned by what RotaryEmbedding computed for their positions."""
-    turned = cosines.shape[-1]
-    if turned < vectors.shape[-1]:
-        return torch.cat((rotate(vectors[..., :turned], cosines, sines), vectors[..., turned:]), dim=-1)
-    return torch.addcmul(vectors * cosines, vectors.roll(vectors.shape[-1] // 2, -1), sines)
-
-
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     """Radians per position of every pair of head_dim rotated dimensions: (head_dim / 2,) float32 on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
