@@ -1,4 +1,4 @@
-"""Live weight updates in a cluster: a trainer's Job finds all gangs."""
+"""Live weight updates in a cluster: a trainer's Job finds all gangs, and what is lost is never the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.cluster.kubectl import Kubectl, Object
 from tests.cluster.target import Target
 from tests.e2e.support import long_answers, trainers
 from tests.e2e.support.clients import Client
-from tests.e2e.support.models import DeployedModel, deployed
+from tests.e2e.support.models import DeployedModel, deployed, gang_of, is_ready
 from tests.e2e.support.restarts import STURDY
 from tests.e2e.support.timings import Stopwatch, Timings
 from tests.e2e.support.trainers import Tuned
@@ -19,11 +19,18 @@ from tpmodel_operator import names
 TOKENS = 20_000
 """More than an update lasts."""
 STREAMS = 4
+LOST_SECONDS = 180.0
+"""For pods that are made again, import torch and load, on two busy cores."""
 
 
 @pytest.fixture(scope="module")
 def first(target: Target) -> Tuned:
     return trainers.tuned(target, 1)
+
+
+@pytest.fixture(scope="module")
+def second(target: Target) -> Tuned:
+    return trainers.tuned(target, 2)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,35 @@ def test_a_trainers_job_updates_one_gang_after_the_other_while_clients_stream(
     assert model.kubectl.run("get", "tpm", model.name, "--output=jsonpath={.status.weightsVersion}") == "1"
 
 
+def test_pods_that_are_made_again_wait_for_the_trainer_and_serve_no_checkpoint_meanwhile(
+    model: DeployedModel, target: Target, second: Tuned, timings: Timings
+) -> None:
+    """One gang loses a rank's part of the weights with its pod, the other one loses all its pods."""
+    if model.status().get("weightsVersion") != 1:
+        pytest.fail("the test before has left no version 1 behind")
+    part, whole = (gang["name"] for gang in model.gangs())
+    lost = [model.pods(part)[1], *model.pods(whole)]
+    clock = Stopwatch()
+    for pod in lost:
+        model.kubectl.delete("pod", pod["metadata"]["name"], wait=False)
+    model.until(lambda: all_lost(model), what="WeightsLost of both gangs", seconds=LOST_SECONDS)
+    timings.note("weights: pods of both gangs deleted", "WeightsLost is in status", clock.seconds)
+
+    assert not {pod["metadata"]["uid"] for pod in lost} & model.uids()
+    assert not model.leaders()
+    assert not trainers.published(model, names.leaders_service(model.name))
+    assert len(trainers.published(model, names.trainers_service(model.name))) == 2
+    assert "weightsVersion" not in model.status()
+    assert names.RESET_WEIGHTS_ANNOTATION in model.condition("WeightsReady")["message"]
+    assert {gang_of_event(event) for event in model.events("WeightsLost")} == {part, whole}
+
+    trainers.send(model, target, second, 2, gangs="all_at_once")
+    wait_served(model, 2)
+    model.wait_ready()
+    assert all(second.made(trainers.answer_of(leader)) for leader in model.leaders())
+    assert [gang["restartsTotal"] for gang in model.gangs()] == [0, 0], model.explain()
+
+
 # --------------------------------------------------------------------------------------------------- helpers
 
 
@@ -69,7 +105,21 @@ def wait_served(model: DeployedModel, version: int) -> None:
     model.until(lambda: model.status().get("weightsVersion") == version, what=f"version {version}", seconds=60)
 
 
+def all_lost(model: DeployedModel) -> bool:
+    gangs = model.gangs()
+    pods = model.pods()
+    return (
+        [gang.get("weightsCondition") for gang in gangs] == ["WeightsLost"] * 2
+        and len({gang_of(pod) for pod in pods}) == 2
+        and not any(is_ready(pod) for pod in pods if pod["metadata"]["labels"][names.POD_INDEX] == "0")
+    )
+
+
 def versions_told(model: DeployedModel, gang: Object) -> str:
     """What the gang's pods read when they start."""
     item = model.kubectl.get("configmap", names.attempt_config_map(gang["name"]))
     return item["data"].get(names.WEIGHTS_VERSION_KEY, "")
+
+
+def gang_of_event(event: Object) -> str:
+    return event["message"].removeprefix("gang ").partition(":")[0]

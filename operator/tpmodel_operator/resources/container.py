@@ -67,7 +67,7 @@ def arguments(model: TPModel, gang: EnsureGang) -> list[str]:
         "attempt-file": f"{volumes.ATTEMPT_FOLDER}/{names.ATTEMPT_KEY}",
         "token-file": f"{volumes.TOKEN_FOLDER}/{names.TOKEN_KEY}",
         "api-key-file": f"{volumes.API_KEY_FOLDER}/{volumes.API_KEY_FILE}" if spec.auth.api_key else "",
-        "persist-updates": volumes.updates_path(model),
+        "persist-updates": volumes.updates_path(model, gang),
         "tls-dir": volumes.TLS_FOLDER if spec.auth.tls_secret_name else "",
     }
     options = [f"--engine-option={key}={value}" for key, value in sorted(spec.model.engine_options.items())]

@@ -100,16 +100,18 @@ def _cache(spec: TPModelSpec) -> Object:
     return {"name": "cache"} | source
 
 
-def updates_path(model: TPModel) -> str:
+def updates_path(model: TPModel, gang: EnsureGang) -> str:
     """Folder in the container where committed weights are kept; empty: nowhere.
 
-    A claim or a node's folder may be shared by models; and versions of another checkpoint are other weights.
+    A claim or a node's folder may be shared by models, and versions of another checkpoint are other weights. Gangs
+    write at the same time, each into its own; a gang takes up the set of the one before it with its index.
     """
     location = defaults.updates_location(model.spec)
     if location is None:
         return ""
     inside = [location.path] if location.scheme == "pvc" and location.path else []
-    return "/".join([UPDATES_FOLDER, *inside, f"{model.namespace}.{model.name}.{weights.source(model)}"])
+    checkpoint = f"{model.namespace}.{model.name}.{weights.source(model)}"
+    return "/".join([UPDATES_FOLDER, *inside, checkpoint, str(gang.index)])
 
 
 def _updates(spec: TPModelSpec) -> list[Mounted]:

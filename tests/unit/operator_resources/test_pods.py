@@ -1,13 +1,14 @@
 """The pods of a gang, as its StatefulSet makes them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from support.operator_cluster import IMAGE
-from support.operator_objects import GANG, model_with
+from support.operator_objects import GANG, model_with, sibling
 from tpmodel_operator import names, weights
-from tpmodel_operator.resources import statefulset
+from tpmodel_operator.resources import statefulset, volumes
 
 
 def stateful(**changes: Any) -> dict[str, Any]:
@@ -421,7 +422,7 @@ def test_updates_are_kept_in_a_folder_of_this_models_present_checkpoint():
     """Others may share the volume, and versions of another checkpoint are other weights."""
     changes = {"weightUpdates": {"persistUpdates": "pvc://sets/here"}}
     source = weights.source(model_with(**changes))
-    assert arguments(**changes)["persist-updates"] == f"/persisted-updates/here/space.chat.{source}"
+    assert arguments(**changes)["persist-updates"] == f"/persisted-updates/here/space.chat.{source}/0"
     assert volume("persisted-updates", **changes)["persistentVolumeClaim"] == {"claimName": "sets"}
     assert "readOnly" not in mounts(**changes)["/persisted-updates"]
     other = {"model": {"uri": "hf://organisation/other"}, **changes}
@@ -432,3 +433,12 @@ def test_updates_may_be_kept_in_a_folder_of_the_node():
     changes = {"weightUpdates": {"persistUpdates": "file:///srv/sets"}}
     assert volume("persisted-updates", **changes)["hostPath"]["path"] == "/srv/sets"
     assert arguments(**changes)["persist-updates"].startswith("/persisted-updates/space.chat.")
+
+
+def test_gangs_keep_their_updates_in_folders_of_their_own_which_outlive_a_rollout():
+    model = model_with(weightUpdates={"persistUpdates": "pvc://sets"})
+    rolled = model_with(weightUpdates={"persistUpdates": "pvc://sets"}, drainTimeout=60)
+    next_revision = replace(GANG, name="chat-0-zzzzz", revision="zzzzz")
+    paths = [volumes.updates_path(model, GANG), volumes.updates_path(model, sibling(1))]
+    assert len(set(paths)) == 2
+    assert volumes.updates_path(rolled, next_revision) == paths[0]
