@@ -21,7 +21,7 @@ def test_what_was_opened_meanwhile_is_cut_and_nothing_else(listener: socket.sock
     before = socket.create_connection(address)
     before_peer, _ = listener.accept()
     connections = Connections("127.0.0.1")
-    with connections.opening():
+    with connections.opening({address[1]}):
         ours = socket.create_connection(address)
         second_listener = socket.create_server(("127.0.0.1", 0))
         unix = socket.socketpair()
@@ -43,7 +43,7 @@ def test_what_was_opened_meanwhile_is_cut_and_nothing_else(listener: socket.sock
 
 def test_a_number_that_is_another_sockets_by_now_is_left_alone(listener: socket.socket) -> None:
     connections = Connections("127.0.0.1")
-    with connections.opening():
+    with connections.opening({listener.getsockname()[1]}):
         ours = socket.create_connection(listener.getsockname())
     number = ours.fileno()
     listener.accept()[0].close()
@@ -62,7 +62,29 @@ def test_a_number_that_is_another_sockets_by_now_is_left_alone(listener: socket.
 
 def test_connections_of_other_addresses_do_not_count(listener: socket.socket) -> None:
     connections = Connections("127.0.0.2")
-    with connections.opening():
+    with connections.opening({listener.getsockname()[1]}):
         theirs = socket.create_connection(listener.getsockname())
     assert len(connections) == 0
     theirs.close()
+
+
+def test_connections_that_other_threads_open_meanwhile_do_not_count(listener: socket.socket) -> None:
+    """Of those opened at the same time, only ones from or to a listener of the library's are cut."""
+    connections = Connections("127.0.0.1")
+    with connections.listening():
+        own_listener = socket.create_server(("127.0.0.1", 0))
+    with connections.opening(set()):
+        theirs = socket.create_connection(listener.getsockname())
+        ours = socket.create_connection(own_listener.getsockname())
+        accepted, _ = own_listener.accept()
+    their_peer, _ = listener.accept()
+    assert connections.ports == {own_listener.getsockname()[1]}
+
+    connections.cut()
+
+    ours.settimeout(5)
+    assert ours.recv(1) == b""
+    theirs.sendall(b"x")
+    assert their_peer.recv(1) == b"x"
+    for end in (theirs, their_peer, ours, accepted, own_listener):
+        end.close()

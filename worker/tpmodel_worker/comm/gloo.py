@@ -145,13 +145,20 @@ class GlooCommunicator(Communicator):
 
 def build_gloo(spec: CommunicatorSpec, *, meeting: Meeting, device: torch.device = _CPU) -> GlooCommunicator:
     """Connects to all ranks of an epoch. Raises as open_gloo."""
-    return open_gloo(meeting.store, spec, device=device)
+    return open_gloo(meeting.store, spec, device=device, meeting=meeting)
 
 
-def open_gloo(store: Store, spec: CommunicatorSpec, *, device: torch.device = _CPU) -> GlooCommunicator:
+def open_gloo(
+    store: Store, spec: CommunicatorSpec, *, device: torch.device = _CPU, meeting: Meeting | None = None
+) -> GlooCommunicator:
     """Connects to all ranks, and listens on the pod's own address only: Gloo asks nobody for a token.
 
-    device: where the tensors will lie.
+    Args:
+        store: through which the ranks find each other.
+        spec: of the group.
+        device: where the tensors will lie.
+        meeting: of ranks that are all ours: they tell each other where they listen, so that an abort cuts the group's
+            connections and no others. None: it cuts whatever is opened at the same time.
 
     Raises:
         CommunicatorError: a rank could not be connected to.
@@ -159,12 +166,13 @@ def open_gloo(store: Store, spec: CommunicatorSpec, *, device: torch.device = _C
     address = spec.address or own_address(spec.rendezvous)
     # Not in torch's stubs; without devices of its own Gloo listens where the host's name leads.
     options: Any = cast("Any", ProcessGroupGloo)._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    connections = Connections(address)
+    with connections.listening():
+        options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._threads = 1
     options._timeout = timedelta(seconds=spec.deadline_seconds)
-    connections = Connections(address)
     try:
-        with connections.opening():
+        with connections.opening(_peer_ports(meeting, spec, connections) if meeting is not None else None):
             group = ProcessGroupGloo(store, spec.rank, spec.world_size, options)
     except RuntimeError as error:
         raise CommunicatorError(f"no Gloo group on {address}: {error}") from error
@@ -177,6 +185,14 @@ def open_gloo(store: Store, spec: CommunicatorSpec, *, device: torch.device = _C
         connections=connections,
         deadline_seconds=spec.deadline_seconds,
     )
+
+
+def _peer_ports(meeting: Meeting, spec: CommunicatorSpec, connections: Connections) -> set[int]:
+    """Where all ranks listen for each other."""
+    meeting.store.set(f"gloo ports/{spec.rank}", " ".join(str(port) for port in connections.ports))
+    meeting.wait_for_all("listening for Gloo")
+    published = [meeting.store.get(f"gloo ports/{rank}").decode() for rank in range(spec.world_size)]
+    return {int(port) for ports in published for port in ports.split()}
 
 
 def own_address(rendezvous: str) -> str:

@@ -5,27 +5,49 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 _DESCRIPTORS = Path("/proc/self/fd")
+_LISTENING = threading.Lock()
 
 
 class Connections:
-    """The connections of one address that were opened while `opening` ran."""
+    """The connections that were opened while `opening` ran, from or to a listener of the library's."""
 
     def __init__(self, address: str) -> None:
         """address: the local IP of those that count."""
         self._address = address
+        self._ports: Set[int] = frozenset()
         self._found: list[tuple[int, int]] = []
 
+    @property
+    def ports(self) -> Set[int]:
+        """Where the library listens, as `listening` has found."""
+        return self._ports
+
     @contextlib.contextmanager
-    def opening(self) -> Iterator[None]:
-        """What is opened in this block, in whichever thread, is found at its end."""
+    def listening(self) -> Iterator[None]:
+        """The library begins to listen in this block, which is short: other threads wait for its end."""
+        with _LISTENING:
+            before = _sockets()
+            yield
+            self._ports = {
+                port for descriptor, _ in _sockets() - before if (port := self._listener_port(descriptor)) is not None
+            }
+
+    @contextlib.contextmanager
+    def opening(self, peers: Set[int] | None = None) -> Iterator[None]:
+        """What is opened in this block is found at its end; other threads may open connections of their own.
+
+        peers: the ports on which the other members of the group listen; None: not known, so that what other threads
+            open counts, too.
+        """
         before = _sockets()
         yield
         new = _sockets() - before
-        self._found = [(descriptor, inode) for descriptor, inode in new if self._is_ours(descriptor)]
+        self._found = [(descriptor, inode) for descriptor, inode in new if self._is_ours(descriptor, peers)]
 
     def __len__(self) -> int:
         return len(self._found)
@@ -37,14 +59,25 @@ class Connections:
             with contextlib.suppress(OSError), _duplicate(descriptor, inode) as connection:
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def _is_ours(self, descriptor: int) -> bool:
+    def _listener_port(self, descriptor: int) -> int | None:
+        try:
+            with socket.socket(fileno=os.dup(descriptor)) as listener:
+                listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                local = listener.getsockname()
+        except OSError:
+            return None
+        return local[1] if listens and isinstance(local, tuple) and local[0] == self._address else None
+
+    def _is_ours(self, descriptor: int, peers: Set[int] | None) -> bool:
         try:
             with socket.socket(fileno=os.dup(descriptor)) as connection:
                 local = connection.getsockname()
-                connection.getpeername()  # fails for one that only listens
+                peer = connection.getpeername()  # fails for one that only listens
         except OSError:
             return False
-        return isinstance(local, tuple) and local[0] == self._address
+        if not isinstance(local, tuple) or local[0] != self._address:
+            return False
+        return peers is None or local[1] in self._ports or peer[1] in peers
 
 
 def _sockets() -> set[tuple[int, int]]:
