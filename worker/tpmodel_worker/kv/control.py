@@ -15,6 +15,7 @@ from tpmodel_worker.kv.errors import KvPipeClosedError, KvPipeError, KvPipeTimeo
 _HANDSHAKE_SECONDS = 2.0
 """How long a stranger may keep the listener busy."""
 _RETRY_SECONDS = 0.02
+_ACCEPT_SECONDS = 0.1
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
@@ -97,7 +98,8 @@ class ControlListener:
         remaining: seconds until the deadline; raises once it is over.
         """
         while True:
-            self._socket.settimeout(remaining())
+            # No longer than a poll, so that whoever cancels is heard.
+            self._socket.settimeout(min(remaining(), _ACCEPT_SECONDS))
             try:
                 raw, _ = self._socket.accept()
             except TimeoutError:

@@ -61,25 +61,29 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def connect_links(config: KvPipeConfig) -> Links:
+def connect_links(config: KvPipeConfig, store: TCPStore | None, cancelled: threading.Event) -> Links:
     """Meets the other members and connects; returns once every member has. All call it at the same time.
+
+    store: of member 0; None: it is started here. cancelled: another thread may set it to end the connecting.
 
     Raises:
         KvPipeError: somebody did not come within the store's timeout, or has another token; nothing is left open.
     """
-    store = None
     try:
-        if config.rank == 0:
+        if config.rank == 0 and store is None:
             store = start_store(config.master_address, config.port)
-        meeting = Meeting(_ring_spec(config), threading.Event())
-        return _Connecting(config, meeting, store).run()
+        meeting = Meeting(_ring_spec(config), cancelled)
+        return _Connecting(config, meeting, store, cancelled).run()
     except (CommunicatorError, KvPipeError, OSError) as error:
         raise KvPipeError(f"member {config.rank} of the pipe: {error}") from error
 
 
 class _Connecting:
-    def __init__(self, config: KvPipeConfig, meeting: Meeting, store: TCPStore | None) -> None:
+    def __init__(
+        self, config: KvPipeConfig, meeting: Meeting, store: TCPStore | None, cancelled: threading.Event
+    ) -> None:
         self._config = config
+        self._cancelled = cancelled
         self._meeting = meeting
         self._store = store
         self._undo: list[Callable[[], None]] = []
@@ -145,7 +149,7 @@ class _Connecting:
             address=config.address,
         )
         device = config.resolve_device()
-        meeting = Meeting(spec, threading.Event())
+        meeting = Meeting(spec, self._cancelled)
         # Each imports only what its own device needs.
         if device.type == "cuda":
             from tpmodel_worker.comm.nccl import build_nccl

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from tpmodel_worker.kv.config import KvPipeConfig
 from tpmodel_worker.kv.errors import KvHeaderError, KvPipeClosedError, KvPipeError, KvPipeTimeoutError
@@ -30,14 +31,21 @@ __all__ = [
 class KvPipe:
     """One member's end. send and receive may be called from any thread; a context manager."""
 
-    def __init__(self, config: KvPipeConfig) -> None:
+    def __init__(
+        self, config: KvPipeConfig, *, store: TCPStore | None = None, cancelled: threading.Event | None = None
+    ) -> None:
         """Connects; returns once every member has.
+
+        Args:
+            config: of this member.
+            store: of member 0, where it was started before to learn its port; None: it is started now.
+            cancelled: another thread may set it to end the connecting.
 
         Raises:
             KvPipeError: not all came within config.store_timeout_seconds, or somebody has another token.
         """
         self._config = config
-        links = connect_links(config)
+        links = connect_links(config, store, cancelled or threading.Event())
         self._store = links.store
         self._links = (links.outgoing, links.incoming)
         self._sender = Sender(links.outgoing, config)
@@ -113,6 +121,15 @@ class KvPipe:
             self._store = None
             if self._sender.error is not None:
                 raise KvPipeError(f"not everything was sent: {self._sender.error}") from self._sender.error
+
+    def abort(self, reason: str) -> None:
+        """Breaks both directions off: what waits in send or receive raises, what is queued is dropped.
+
+        From any thread; idempotent. close gives everything back.
+        """
+        self._sender.abort(reason)
+        for link in self._links:
+            link.abort(reason)
 
     def _seconds(self, timeout_seconds: float | None) -> float:
         return self._config.deadline_seconds if timeout_seconds is None else timeout_seconds

@@ -111,6 +111,10 @@ class Sender:
             self._fail(KvPipeTimeoutError(f"{late} items were not sent within {seconds:g} s of close"))
         self._thread.join()
 
+    def abort(self, reason: str) -> None:
+        """Drops what is queued and breaks off what is on its way. From any thread; idempotent."""
+        self._fail(KvPipeError(reason))
+
     def _wait_for_room(self, deadline: float, seconds: float) -> None:
         limit = self._config.send_limit_bytes
         with self._changed:
