@@ -15,3 +15,7 @@ class KvPipeClosedError(KvPipeError):
 
 class KvHeaderError(KvPipeError):
     """A header is not one: nothing was allocated, nothing more was read."""
+
+
+class KvMismatchError(Exception):
+    """Two gangs whose caches don't fit each other; names what differs, and both values. No byte has moved."""
