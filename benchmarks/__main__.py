@@ -16,6 +16,7 @@ PROGRAMS = (
     "streaming",
     "serving_cpu",
     "recovery",
+    "kv_transfer",
 )
 
 

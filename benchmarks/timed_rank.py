@@ -158,6 +158,18 @@ class TimedRank(worker_pb2_grpc.WorkerServiceServicer):
         """Next to nothing."""
         return pb.GetStatusResponse(rank=self._rank, device="timed", state="idle")
 
+    async def AwaitKvTransfer(  # noqa: N802
+        self, request: pb.AwaitKvTransferRequest, context: Any
+    ) -> pb.AwaitKvTransferResponse:
+        """Nothing is handed over here."""
+        return pb.AwaitKvTransferResponse(error="nothing is handed over here")
+
+    async def CancelKvTransfer(  # noqa: N802
+        self, request: pb.CancelKvTransferRequest, context: Any
+    ) -> pb.CancelKvTransferResponse:
+        """As AwaitKvTransfer."""
+        return pb.CancelKvTransferResponse()
+
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # noqa: N802
         """Nothing to leave."""
         return pb.AbortResponse(epoch=request.epoch)

@@ -142,10 +142,20 @@ class AsyncClient:
         request_id: str = "",
         priority: int | None = None,
         detokenize: bool | None = None,
+        keep_kv: float | None = None,
+        continues: Result | None = None,
         **sampling: Any,
     ) -> AsyncGenerateStream:
         """Streams an answer; arguments as for Client.generate."""
-        request = build_request(prompt, request_id=request_id, priority=priority, detokenize=detokenize, **sampling)
+        request = build_request(
+            prompt,
+            request_id=request_id,
+            priority=priority,
+            detokenize=detokenize,
+            keep_kv=keep_kv,
+            continues=continues,
+            **sampling,
+        )
         return AsyncGenerateStream(self._stub, request, metadata=self._metadata, timeout=timeout, retry=self._retry)
 
     async def complete(self, prompt: Prompt, *, timeout: float | None = None, **options: Any) -> Result:

@@ -144,6 +144,8 @@ class Client:
         request_id: str = "",
         priority: int | None = None,
         detokenize: bool | None = None,
+        keep_kv: float | None = None,
+        continues: Result | None = None,
         **sampling: Any,
     ) -> GenerateStream:
         """Streams an answer to a text, token ids or chat messages.
@@ -151,7 +153,15 @@ class Client:
         sampling: fields of SamplingParams, such as max_tokens=64, temperature=0, stop=["\\n"], n=2.
         timeout: seconds for the whole request, resumptions included.
         """
-        request = build_request(prompt, request_id=request_id, priority=priority, detokenize=detokenize, **sampling)
+        request = build_request(
+            prompt,
+            request_id=request_id,
+            priority=priority,
+            detokenize=detokenize,
+            keep_kv=keep_kv,
+            continues=continues,
+            **sampling,
+        )
         return GenerateStream(self._stub, request, metadata=self._metadata, timeout=timeout, retry=self._retry)
 
     def complete(self, prompt: Prompt, *, timeout: float | None = None, **options: Any) -> Result:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpmodel.errors import InvalidRequestError
-from tpmodel.types import ChatMessage, Chunk, Completion, FinishReason, Result, Sample, TokenLogprob, Usage
+from tpmodel.types import ChatMessage, Chunk, Completion, FinishReason, Kept, Result, Sample, TokenLogprob, Usage
 from tpmodel.v1 import inference_pb2
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
@@ -20,6 +20,7 @@ SAMPLING_FIELDS = frozenset(inference_pb2.SamplingParams.DESCRIPTOR.fields_by_na
 _FINISH_REASONS: Mapping[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_KEPT: "kept",
 }
 
 
@@ -29,9 +30,14 @@ def build_request(
     request_id: str = "",
     priority: int | None = None,
     detokenize: bool | None = None,
+    keep_kv: float | None = None,
+    continues: Result | None = None,
     **sampling: Any,
 ) -> inference_pb2.GenerateRequest:
     """A request from a text, token ids or chat messages, and any fields of SamplingParams.
+
+    keep_kv: seconds that the server keeps the KV cache behind the first token, for another one to continue.
+    continues: what came of that, for the other one.
 
     Raises:
         TypeError: a sampling field that does not exist, or of the wrong type.
@@ -50,7 +56,24 @@ def build_request(
         with _naming(name, value):
             request.sampling.MergeFrom(inference_pb2.SamplingParams(**{name: value}))
     set_prompt(request, prompt)
+    if keep_kv is not None:
+        request.keep_kv.seconds = keep_kv
+    if continues is not None:
+        _continue(request, continues)
     return request
+
+
+def _continue(request: inference_pb2.GenerateRequest, first: Result) -> None:
+    kept = first.completion.kept
+    if kept is None:
+        reason = first.completion.samples[0].finish_reason
+        message = f"continues: that answer is whole (it ended by {reason}): nothing was kept"
+        raise InvalidRequestError("INVALID_ARGUMENT", message)
+    request.kv_source.target, request.kv_source.ticket = kept.target, kept.ticket
+    request.resume_token_ids.extend(first.token_ids[0])
+    request.weight_version = first.completion.weight_versions[-1]
+    request.sampling.seed = first.seed
+    request.sample_index = first.completion.samples[0].sample_index
 
 
 @contextmanager
@@ -104,6 +127,7 @@ class GenerationState:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.weight_versions: list[int] = []
+        self._kept: Kept | None = None
         first = request.sample_index
         count = request.sampling.n if request.sampling.HasField("n") else 1
         self._samples = {index: _SampleState() for index in range(first, first + max(1, count))}
@@ -135,6 +159,8 @@ class GenerationState:
         request.sample_index = index
         request.weight_version = self.weight_version or 0
         request.resume_token_ids[:] = sample.token_ids
+        # What was fetched for the broken stream is gone; any server computes it again.
+        request.ClearField("kv_source")
         return request
 
     def receive(self, response: inference_pb2.GenerateResponse) -> Chunk | None:
@@ -168,6 +194,8 @@ class GenerationState:
         for version in completion.weight_versions:
             if version not in self.weight_versions:
                 self.weight_versions.append(version)
+        if completion.HasField("kept_kv"):
+            self._kept = Kept(completion.kept_kv.target, completion.kept_kv.ticket)
         for ended in completion.samples:
             reason = _FINISH_REASONS[ended.finish_reason]
             sample = Sample(ended.sample_index, reason, ended.stop, ended.completion_tokens)
@@ -183,7 +211,8 @@ class GenerationState:
         if len(ended) < len(self._samples):
             raise RuntimeError("the stream has not ended: read it to its end first")
         tokens = sum(sample.completion_tokens for sample in ended)
-        return Completion(ended, Usage(self.prompt_tokens, tokens, self.cached_tokens), tuple(self.weight_versions))
+        usage = Usage(self.prompt_tokens, tokens, self.cached_tokens)
+        return Completion(ended, usage, tuple(self.weight_versions), self._kept)
 
     def result(self) -> Result:
         """All that was received. Raises as completion."""

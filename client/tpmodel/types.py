@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "kept"]
+"""kept: another server continues the answer, see Kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,23 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What the server that continues an answer is given: where the first one keeps its KV cache."""
+
+    target: str
+    """Control port of the server that keeps it."""
+    ticket: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """The end of a stream."""
 
     samples: tuple[Sample, ...]
     usage: Usage
     weight_versions: tuple[int, ...]
+    kept: Kept | None = None
+    """With finish reason kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,17 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.GetStatusResponse:
         return worker_pb2.GetStatusResponse(rank=self.named_rank, epoch=self.highest_epoch, device="fake", state="idle")
 
+    async def AwaitKvTransfer(  # noqa: N802
+        self, request: worker_pb2.AwaitKvTransferRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.AwaitKvTransferResponse:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no KV moves here")
+        raise AssertionError("abort raises")
+
+    async def CancelKvTransfer(  # noqa: N802
+        self, request: worker_pb2.CancelKvTransferRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.CancelKvTransferResponse:
+        return worker_pb2.CancelKvTransferResponse()
+
     async def Abort(self, request: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:  # noqa: N802
         self.aborts.append(request)
         if self.ignores_aborts:

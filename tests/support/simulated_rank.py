@@ -112,6 +112,15 @@ class SimulatedRank:
         """How many slots have each block in their table."""
         return Counter(block for slot in self.slots.values() for block in slot.table)
 
+    def read_kv(self, blocks: Sequence[int], tokens: int) -> list[int]:
+        """The KV of a sequence's first tokens, as another gang fetches it."""
+        return [self._kv[blocks[token // self.block_size], token % self.block_size] for token in range(tokens)]
+
+    def write_kv(self, blocks: Sequence[int], kv: Sequence[int]) -> None:
+        """What came from another gang."""
+        for token, tag in enumerate(kv):
+            self._kv[blocks[token // self.block_size], token % self.block_size] = tag
+
     def _admit(self, admission: worker_pb2.Admission) -> None:
         slot, known = admission.slot, len(admission.token_ids)
         assert slot < self.max_slots

@@ -79,6 +79,12 @@ class ServeSettings:
     queue_limit: int = 1024
     """Requests that may wait; one more is RESOURCE_EXHAUSTED."""
 
+    # Handing requests over to other gangs.
+    kv_sources: tuple[str, ...] = ()
+    """Control ports (host:port) of gangs with the same token, whose KV caches requests may name as their source."""
+    kv_transfer_deadline: float = 30.0
+    """Seconds that connecting two ranks, and one piece of a cache, may take."""
+
     # Rebuilding in place.
     rebuild_wait: float = 60.0
     """Seconds that a request without a deadline of its own waits for a rebuild before it fails UNAVAILABLE."""
@@ -182,4 +188,5 @@ class ServeSettings:
     def from_json(cls, text: str) -> Self:
         """Reads what to_json wrote."""
         values: dict[str, Any] = json.loads(text)
+        values["kv_sources"] = tuple(values["kv_sources"])
         return cls(**values)

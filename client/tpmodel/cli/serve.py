@@ -78,7 +78,11 @@ class ByteSize(click.ParamType):
 @click.option("--step-deadline", type=click.FloatRange(min=0), default=0.0,
               help="Least seconds before a step counts as hung; default: 5, on CPU 30.")  # fmt: skip
 @click.option("--token-file", type=click.Path(exists=True, dir_okay=False), default=None,
-              help="Holds the token of the control port, for trainers; default: a random one.")  # fmt: skip
+              help="Holds the token of the control port; default: a random one.")  # fmt: skip
+@click.option("--kv-from", multiple=True, metavar="HOST:PORT",
+              help="Control port of a gang, with the same token, whose requests may go on here.")  # fmt: skip
+@click.option("--kv-transfer-deadline", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+              help="Seconds that one piece of a request's KV cache may take from gang to gang.")  # fmt: skip
 @click.option("--drain-timeout", type=float, default=120.0, show_default=True, help="Seconds for streams to finish.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True)
 @click.option("--runtime-dir", type=click.Path(exists=True, file_okay=False), default=None,
@@ -147,6 +151,8 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         respawn=options["respawn"],
         api_key=options["api_key"] or os.environ.get("TPMODEL_API_KEY", ""),
         step_deadline=options["step_deadline"],
+        kv_sources=options["kv_from"],
+        kv_transfer_deadline=options["kv_transfer_deadline"],
         token=Path(options["token_file"]).read_text().strip() if options["token_file"] else "",
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator
 
 import grpc
 
 from tpmodel.v1 import inference_pb2, pod_pb2
+from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.api.engine_link import EngineLink, OutputQueue
 from tpmodel_worker.api.errors import ApiError
 from tpmodel_worker.api.metrics import ApiMetrics, TokenTimes
@@ -39,6 +41,7 @@ class Generation:
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._cached_tokens = 0
         self._weight_versions: list[int] = []
+        self._ticket = secrets.token_urlsafe(24) if request.keep_kv is not None else ""
 
     async def events(self) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """What the client gets: `started`, chunks of whole tokens, then one completion.
@@ -118,6 +121,9 @@ class Generation:
             priority=request.priority,
             deadline=request.deadline or 0,
             weight_version=request.weight_version,
+            keep_kv=request.keep_kv,
+            kept_ticket=self._ticket,
+            kv_source=request.kv_source,
         )
         queue = await self._link.submit(self._submitted, self._times.observe)
         if request.deadline is not None:
@@ -197,4 +203,8 @@ class Generation:
                 stop=sample.stop,
                 completion_tokens=sample.token_count,
             )
+            if sample.finish_reason == inference_pb2.FINISH_REASON_KEPT:
+                settings = self._model.settings
+                completion.kept_kv.target = join_host_port(settings.address, settings.control_port)
+                completion.kept_kv.ticket = self._ticket
         return inference_pb2.GenerateResponse(completion=completion)

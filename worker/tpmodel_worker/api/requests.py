@@ -16,6 +16,7 @@ from tpmodel_worker.api.errors import ApiError, invalid
 from tpmodel_worker.api.model import ServedModel
 from tpmodel_worker.api.sampling import ResolvedSampling, check_token_ids, resolve_sampling
 
+MAX_KEEP_SECONDS = 600.0
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -33,6 +34,10 @@ class GenerationRequest:
     detokenize: bool = True
     deadline: float | None = None
     """Unix seconds."""
+    keep_kv: inference_pb2.KeepKv | None = None
+    """The request is handed over behind its first new token."""
+    kv_source: inference_pb2.KvSource | None = None
+    """Another gang has begun it, and keeps its KV cache."""
 
 
 async def read_request(
@@ -70,6 +75,7 @@ def resolve_request(
     if sampling.stop and model.tokenizer is None:
         raise invalid("stop", "the checkpoint has no tokenizer.json: use stop_token_ids")
     _check_resume(request, sampling, limits.vocab_size)
+    _check_handover(request, sampling)
     return GenerationRequest(
         request_id=check_request_id(request.request_id),
         prompt_token_ids=prompt,
@@ -79,6 +85,8 @@ def resolve_request(
         weight_version=request.weight_version if request.HasField("weight_version") else None,
         detokenize=(not request.HasField("detokenize") or request.detokenize) and model.tokenizer is not None,
         deadline=deadline,
+        keep_kv=request.keep_kv if request.HasField("keep_kv") else None,
+        kv_source=request.kv_source if request.HasField("kv_source") else None,
     )
 
 
@@ -151,6 +159,21 @@ def _check_resume(request: inference_pb2.GenerateRequest, sampling: ResolvedSamp
     for position, token_id in enumerate(resumed[:-1]):
         if token_id in stop_ids:
             raise invalid(f"resume_token_ids[{position}]", f"{token_id} ends a sample, so nothing can follow it")
+
+
+def _check_handover(request: inference_pb2.GenerateRequest, sampling: ResolvedSampling) -> None:
+    for field in ("keep_kv", "kv_source"):
+        if request.HasField(field) and sampling.n != 1:
+            raise invalid("n", f"{sampling.n} with {field}, accepted: 1, since one sample is handed over")
+    if request.HasField("keep_kv") and not 0 < request.keep_kv.seconds <= MAX_KEEP_SECONDS:
+        raise invalid("keep_kv.seconds", f"{request.keep_kv.seconds:g}, accepted: above 0, up to {MAX_KEEP_SECONDS:g}")
+    if not request.HasField("kv_source"):
+        return
+    for name in ("target", "ticket"):
+        if not getattr(request.kv_source, name):
+            raise invalid(f"kv_source.{name}", "it is empty: give the kept_kv of the first stream's completion")
+    if not request.resume_token_ids:
+        raise invalid("resume_token_ids", "kv_source needs the ids of the first stream")
 
 
 def check_weight_version(wanted: int | None, present: int) -> None:

@@ -115,7 +115,10 @@ class SampleStream:
             and bool(token_ids)
             and token_ids[-1] in self._stop_token_ids
         )
-        if not silent_end:
+        if reason == inference_pb2.FINISH_REASON_KEPT:
+            self.push(token_ids, logprobs)
+            self._hand_over()
+        elif not silent_end:
             self.push(token_ids, logprobs)
             self._flush()
         else:
@@ -168,6 +171,13 @@ class SampleStream:
             self._decoded(text)
         while self._suspects:
             self._release_suspect()
+
+    def _hand_over(self) -> None:
+        """All ids go out. The text of the last ones, where it is not certain, comes with whoever continues."""
+        while self._suspects:
+            self._release_suspect()
+        self._release(self._undecoded, "")
+        self._undecoded = 0
 
     def _cut(self, stop: str, end: int) -> None:
         """Emits the suspects' ids, and their text up to the stop string that ends at character `end` of it."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import grpc
 
-from tpmodel.v1 import worker_pb2
+from tpmodel.v1 import kv_pb2, worker_pb2
 from tpmodel_worker.attempts import attempt_of, epoch_floor
 from tpmodel_worker.engine.checkpoint import Checkpoint, read_checkpoint
 from tpmodel_worker.engine.committed import CommittedVersion
@@ -60,6 +60,15 @@ class BuildError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class GangCache:
+    """The whole gang's KV cache, and where it is."""
+
+    layout: kv_pb2.KvLayout
+    device_ids: Sequence[str]
+    """By rank: its GPU, "" on CPU."""
+
+
+@dataclass(frozen=True, slots=True)
 class BuiltWorld:
     """A world whose every rank has confirmed every step of the build."""
 
@@ -67,6 +76,8 @@ class BuiltWorld:
     num_blocks: int
     state_bytes: int
     """Bytes of recurrent state on every rank; above 0 sequences cannot share blocks."""
+    kv: GangCache
+    """What other gangs are told of the cache."""
 
 
 class WorldBuilder:
@@ -130,9 +141,9 @@ class WorldBuilder:
             on_phase("init")
             await self._join(pool, membership, on_phase)
             on_phase("map")
-            num_blocks, state_bytes = await self._load(pool, self._checkpoint, on_phase, num_blocks)
+            world = await self._load(pool, self._checkpoint, on_phase, num_blocks)
             built = True
-            return BuiltWorld(pool, num_blocks, state_bytes)
+            return world
         except BuildError as error:
             if pool is not None:
                 await pool.abort("the world could not be built")
@@ -200,8 +211,8 @@ class WorldBuilder:
         seconds = max(reply.init_ok.seconds for reply in replies)
         logger.info("%d ranks joined by %s in %.2f s", pool.world_size, names[0], seconds, extra={"epoch": pool.epoch})
 
-    async def _load(self, pool: Pool, checkpoint: Checkpoint, on_phase: PhaseListener, before: int) -> tuple[int, int]:
-        """Loads the shards and empties the caches; the KV blocks that every rank has, and bytes of recurrent state.
+    async def _load(self, pool: Pool, checkpoint: Checkpoint, on_phase: PhaseListener, before: int) -> BuiltWorld:
+        """Loads the shards and empties the caches.
 
         before: blocks that it had; 0: this is the first world.
         """
@@ -247,7 +258,8 @@ class WorldBuilder:
             raise BuildError("load", error) from error
         self._status.set_rank_states("ready")
         self._status.set_world(block_size=self._settings.block_size, kv_blocks=num_blocks)
-        return num_blocks, state_bytes
+        kv = GangCache(loaded[0].kv_layout, [shard.device_id for shard in loaded])
+        return BuiltWorld(pool, num_blocks, state_bytes, kv)
 
     def _report_state(self, state_bytes: int) -> None:
         settings = self._settings

@@ -13,11 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from tpmodel.v1 import weights_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tpmodel.v1 import kv_pb2_grpc, weights_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tpmodel_worker import attempts
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.auth import TokenInterceptor
 from tpmodel_worker.engine.errors import RebuildRefusedError
+from tpmodel_worker.engine.kv_service import KV_SERVICE, KvService
 from tpmodel_worker.engine.members import Members, OtherAttemptError, OtherModelError, RegistrationError
 from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.engine.weight_service import WEIGHT_SERVICE, WeightService
@@ -148,9 +149,9 @@ class GangService(worker_pb2_grpc.GangServiceServicer):
 
 
 async def start_control_server(
-    address: str, port: int, token: str, service: GangService, weights: WeightService
+    address: str, port: int, token: str, service: GangService, weights: WeightService, kv: KvService
 ) -> tuple[grpc.aio.Server, int]:
-    """Serves GangService, WeightService, health and reflection; the server and its port. Health alone needs no token.
+    """Serves all services of the port, health and reflection; the server and its port. Health alone needs no token.
 
     Raises RuntimeError when the port can't be had.
     """
@@ -158,12 +159,13 @@ async def start_control_server(
     server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
     worker_pb2_grpc.add_GangServiceServicer_to_server(service, server)
     weights_pb2_grpc.add_WeightServiceServicer_to_server(weights, server)
+    kv_pb2_grpc.add_KvServiceServicer_to_server(kv, server)
     servicer = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    for name in ("", GANG_SERVICE, WEIGHT_SERVICE):
+    for name in ("", GANG_SERVICE, WEIGHT_SERVICE, KV_SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection(
-        (GANG_SERVICE, WEIGHT_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+        (GANG_SERVICE, WEIGHT_SERVICE, KV_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
     )
     bound = server.add_insecure_port(join_host_port(address, port))
     await server.start()

@@ -11,7 +11,14 @@ from tpmodel.v1 import worker_pb2
 from tpmodel_worker.engine.errors import RankFailure, closed_before_reply
 
 ControlName = Literal[
-    "init", "nccl_sanity_check", "load_dense_shard", "clear_kv_cache", "unload_model", "shutdown", "weight_update"
+    "init",
+    "nccl_sanity_check",
+    "load_dense_shard",
+    "clear_kv_cache",
+    "unload_model",
+    "shutdown",
+    "weight_update",
+    "kv_transfer",
 ]
 ControlRequest = (
     worker_pb2.InitRequest
@@ -21,6 +28,7 @@ ControlRequest = (
     | worker_pb2.UnloadModelRequest
     | worker_pb2.ShutdownRequest
     | worker_pb2.WeightUpdateRequest
+    | worker_pb2.KvTransferRequest
 )
 ProgressCallback = Callable[[int, worker_pb2.Progress], None]
 
@@ -33,6 +41,7 @@ _FIELDS: dict[type[ControlRequest], tuple[ControlName, str]] = {
     worker_pb2.UnloadModelRequest: ("unload_model", "unloaded"),
     worker_pb2.ShutdownRequest: ("shutdown", "bye"),
     worker_pb2.WeightUpdateRequest: ("weight_update", "weight_update_ok"),
+    worker_pb2.KvTransferRequest: ("kv_transfer", "kv_transfer_ok"),
 }
 
 

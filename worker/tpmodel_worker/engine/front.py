@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol
 
 from google.protobuf.message import DecodeError
 
-from tpmodel.v1 import pod_pb2, worker_pb2
-from tpmodel_worker.engine.requests import RefusedError, Request, SequenceOutput
+from tpmodel.v1 import inference_pb2, pod_pb2, worker_pb2
+from tpmodel_worker.engine.requests import KeepKv, KvSource, RefusedError, Request, SequenceOutput
 from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.framing import FrameTooLargeError, frame, read_message
 
@@ -207,7 +207,13 @@ def _request(key: Key, message: pod_pb2.SubmitRequest) -> Request:
         n=message.n,
         priority=message.priority,
         deadline=message.deadline or None,
+        keep_kv=KeepKv(message.kept_ticket, message.keep_kv.seconds) if message.HasField("keep_kv") else None,
+        kv_source=_source(message.kv_source) if message.HasField("kv_source") else None,
     )
+
+
+def _source(message: inference_pb2.KvSource) -> KvSource:
+    return KvSource(message.target, message.ticket)
 
 
 def _fill(target: pod_pb2.Output, handle: int, output: SequenceOutput) -> None:

@@ -8,11 +8,20 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 
+from tpmodel_worker.engine.kept import Kept
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.planner import PlanCounts
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.replay import Replay
-from tpmodel_worker.engine.requests import UNAVAILABLE, Held, ProtocolError, Request, SchedulerConfig, SequenceOutput
+from tpmodel_worker.engine.requests import (
+    UNAVAILABLE,
+    Fetch,
+    Held,
+    ProtocolError,
+    Request,
+    SchedulerConfig,
+    SequenceOutput,
+)
 from tpmodel_worker.engine.scheduler import Scheduler
 from tpmodel_worker.engine.status import COUNTER_SECONDS, EngineStatus
 
@@ -45,6 +54,11 @@ class ServingLoop:
         self._metrics = metrics
         self._stopping = False
         self._held = False
+        self._interruptions = 0
+        self.on_fetch: Callable[[Fetch], None] = lambda _fetch: None
+        """Called with each request whose KV is to come from another gang, once it holds its blocks."""
+        self.on_fetch_dropped: Callable[[Fetch], None] = lambda _fetch: None
+        """Called when such a request has ended before its KV came."""
         self._passed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -108,11 +122,6 @@ class ServingLoop:
         """What plans are made by."""
         return self._scheduler
 
-    @property
-    def held(self) -> bool:
-        """Whether no plans are made."""
-        return self._held
-
     def hold_plans(self) -> None:
         """Makes no more plans until release_plans."""
         self._held = True
@@ -125,6 +134,33 @@ class ServingLoop:
     def release_plans(self) -> None:
         """Makes plans again."""
         self._held = False
+        self._wake.set()
+
+    @contextlib.asynccontextmanager
+    async def between_plans(self) -> AsyncIterator[None]:
+        """Inside, no plan is under way and none is made, whoever else holds them."""
+        self._interruptions += 1
+        try:
+            await self.quiet()
+            yield
+        finally:
+            self._interruptions -= 1
+            self._wake.set()
+
+    def fetched(self, fetch: Fetch) -> None:
+        """As Scheduler.fetched."""
+        self._scheduler.fetched(fetch)
+        self._wake.set()
+
+    def fetch_failed(self, fetch: Fetch, code: int, message: str) -> None:
+        """As Scheduler.fetch_failed."""
+        self._scheduler.fetch_failed(fetch, code, message)
+        self._pass_on(self._scheduler.take_outputs())
+        self._wake.set()
+
+    def end_handover(self, kept: Kept, *, fetched: bool) -> None:
+        """As Scheduler.end_handover."""
+        self._scheduler.end_handover(kept, fetched=fetched)
         self._wake.set()
 
     async def pass_once(self) -> None:
@@ -183,13 +219,14 @@ class ServingLoop:
         deadline = self._scheduler.next_deadline
         if deadline is not None and deadline <= time.time():
             outputs += self._scheduler.expire(time.time())
+        self._tell_of_fetches()
         tokens = sum(len(output.token_ids) for output in outputs)
         if tokens:
             self._metrics.generated_tokens.inc(tokens)
         return outputs
 
     def _send_plans(self, pool: Pool) -> None:
-        while pool.may_send_plan and not self._held:
+        while pool.may_send_plan and not self._held and not self._interruptions:
             begun = time.thread_time()
             plan = self._scheduler.next_plan(pool.next_seq)
             if plan is None:
@@ -198,6 +235,12 @@ class ServingLoop:
             size = pool.send_plan(plan)
             self._metrics.plan_seconds.observe(spent)
             self._metrics.plan_bytes.observe(size)
+
+    def _tell_of_fetches(self) -> None:
+        for fetch in self._scheduler.handovers.take_begun():
+            self.on_fetch(fetch)
+        for fetch in self._scheduler.handovers.take_dropped():
+            self.on_fetch_dropped(fetch)
 
     def _set_timer(self) -> None:
         """Wakes the loop at the earliest deadline of a request."""

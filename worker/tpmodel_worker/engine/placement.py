@@ -6,6 +6,7 @@ import heapq
 from bisect import bisect_left, insort
 
 from tpmodel_worker.engine.blocks import BlockPool
+from tpmodel_worker.engine.kept import Kept, KeptRequests
 from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
 from tpmodel_worker.engine.requests import SchedulerConfig
 from tpmodel_worker.engine.sequence import Sequence, SequenceStatus
@@ -32,6 +33,11 @@ class Placement:
         """Whether there may be suspects, which are admitted first and one at a time."""
         self.running_requests = 0
         self.slots_used = 0
+        self.kept = KeptRequests()
+        """What ended here and is to go on at another gang: it holds blocks."""
+        self.receiving: set[Sequence] = set()
+        """Those whose KV comes from another gang: each holds a slot and blocks, which no plan may touch."""
+        self._arrived: list[Sequence] = []
         self._free_slots = list(range(config.max_num_seqs))  # a heap: the lowest is taken first
         self._releases: list[int] = []
         self._root_hash = root_hash(weight_version)
@@ -72,6 +78,11 @@ class Placement:
 
         Its table begins with the shared blocks; the caller has looked that slot and blocks are there.
         """
+        self._take_blocks(sequence, shared=shared, computed_length=computed_length)
+        self._run(sequence)
+
+    def _take_blocks(self, sequence: Sequence, *, shared: list[int], computed_length: int) -> None:
+        """Takes a sequence out of the queue; it gets blocks and a slot's number."""
         config = self.config
         known_length = len(sequence.token_ids)
         self._dequeue(sequence)
@@ -82,14 +93,61 @@ class Placement:
         sequence.computed_length = computed_length
         sequence.left = sequence.length_limit - known_length
         sequence.registered_blocks = len(shared)
-        sequence.status = SequenceStatus.RUNNING
         sequence.slot = heapq.heappop(self._free_slots)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.RUNNING
         self.slots[sequence.slot] = sequence
         self.slots_used += 1
         state = sequence.state
         state.samples_in_slots += 1
         if state.samples_in_slots == 1:
             self.running_requests += 1
+
+    def receive(self, sequence: Sequence) -> None:
+        """Gives a waiting sequence blocks and a slot, into which another gang sends all but its last token's KV.
+
+        The caller has looked that both are there. Until received or stop_receiving no plan knows of either.
+        """
+        self._take_blocks(sequence, shared=[], computed_length=len(sequence.token_ids) - 1)
+        sequence.status = SequenceStatus.RECEIVING
+        self.receiving.add(sequence)
+
+    def received(self, sequence: Sequence) -> None:
+        """The KV is there: the next plan admits it to its slot."""
+        self.receiving.remove(sequence)
+        self._run(sequence)
+        self._arrived.append(sequence)
+
+    def stop_receiving(self, sequence: Sequence) -> None:
+        """Nothing comes into its blocks any more: they and the slot are free, as if it had never had them."""
+        self.receiving.remove(sequence)
+        self.pool.release(sequence.blocks)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.blocks, sequence.slot, sequence.capacity = [], -1, 0
+
+    def take_arrivals(self) -> list[Sequence]:
+        """Sequences that were received since the last plan: the ranks have yet to hear of them."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def keep(self, sequence: Sequence, *, ticket: str, expires: float) -> None:
+        """Ends a running sequence, whose blocks stay held; its slot too, where that has a part of what is kept."""
+        blocks, slot = sequence.blocks, sequence.slot
+        sequence.blocks = []
+        self._leave_slot(sequence, reuse=self.config.share_blocks)
+        sequence.status = SequenceStatus.ENDED
+        sequence.state.live_samples -= 1
+        kept_slot = -1 if self.config.share_blocks else slot
+        tokens = sequence.computed_length
+        self.kept.add(Kept(ticket, sequence.token_ids, tokens, blocks, kept_slot, expires))
+
+    def drop(self, kept: Kept) -> None:
+        """Gives back what was kept."""
+        self.kept.remove(kept)
+        self.pool.release(kept.blocks)
+        if kept.slot >= 0:
+            self._give_slot_back(kept.slot)
 
     def grow(self, sequence: Sequence) -> list[int]:
         """Adds blocks to a running sequence until its computed tokens fit; returns the new ones."""
@@ -107,8 +165,9 @@ class Placement:
         """Takes a live sequence out of wherever it is, for good."""
         if sequence.status is SequenceStatus.RUNNING:
             self._leave_slot(sequence)
-        else:
+        elif sequence.status is SequenceStatus.WAITING:
             self._dequeue(sequence)
+        # What a receiving one holds stays held until stop_receiving.
         sequence.status = SequenceStatus.ENDED
         sequence.state.live_samples -= 1
 
@@ -146,18 +205,28 @@ class Placement:
         assert self.waiting[index] is sequence
         del self.waiting[index]
 
-    def _leave_slot(self, sequence: Sequence) -> None:
+    def _leave_slot(self, sequence: Sequence, *, reuse: bool = True) -> None:
+        """reuse: the slot is free for others."""
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.capacity = 0
         self.slots[sequence.slot] = None
-        heapq.heappush(self._free_slots, sequence.slot)
-        self._releases.append(sequence.slot)
+        if sequence in self._arrived:
+            # The ranks have not heard of it yet, so they need not hear that it left.
+            self._arrived.remove(sequence)
+            heapq.heappush(self._free_slots, sequence.slot)
+            sequence.source = None
+        elif reuse:
+            self._give_slot_back(sequence.slot)
         self.slots_used -= 1
         sequence.slot = -1
         sequence.state.samples_in_slots -= 1
         if sequence.state.samples_in_slots == 0:
             self.running_requests -= 1
+
+    def _give_slot_back(self, slot: int) -> None:
+        heapq.heappush(self._free_slots, slot)
+        self._releases.append(slot)
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

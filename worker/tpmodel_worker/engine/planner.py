@@ -36,6 +36,8 @@ class Draft:
     """Sequences with a chunk in this plan."""
     admitted: list[tuple[Sequence, int]] = field(default_factory=list)
     """Sequences whose request gets its first slot, each with its tokens found in the prefix cache."""
+    receiving: list[Sequence] = field(default_factory=list)
+    """Sequences that got blocks, into which their KV is to be fetched."""
     does_not_fit: list[tuple[RequestState, str]] = field(default_factory=list)
     """Requests that can never go on, and why. They are ended after the plan, of which they may be a part."""
 
@@ -124,8 +126,15 @@ class Planner:
             if steps > 1:
                 steps //= 2
                 continue
+            if (kept := self._placement.kept.oldest()) is not None:
+                # Whoever runs goes before what another gang may never come for.
+                self._placement.drop(kept)
+                continue
             running = self._placement.running()
             if len(running) == 1:
+                if self._placement.receiving or len(self._placement.kept):
+                    # What moves between gangs can't be taken, but its end is near.
+                    return [], steps
                 # It has every block that is held. What it waits for may still end it within its blocks.
                 if draft.is_settled(running[0]):
                     self._give_up(draft, running[0], running[0].computed_length + 1)
@@ -165,6 +174,8 @@ class Planner:
 
     def _plan_prefill(self, draft: Draft, budget: int) -> None:
         placement = self._placement
+        for sequence in placement.take_arrivals():
+            self._announce(draft, sequence)
         running = [sequence for sequence in placement.running() if sequence.prefilling]
         prefilling = deque(sorted(running, key=lambda sequence: sequence.order))
         waiting = iter(placement.candidates() if placement.slot_is_free else ())
@@ -204,6 +215,12 @@ class Planner:
         if needed > placement.pool.num_blocks:
             self._give_up(draft, sequence, known_length)
             return _Verdict.LATER
+        if sequence.source is not None:
+            if needed + placement.slots_used > placement.pool.available:
+                return _Verdict.BLOCKED
+            placement.receive(sequence)
+            draft.receiving.append(sequence)
+            return _Verdict.LATER
         if sibling is None:
             shared = placement.find_prefix(sequence)
             computed_length = len(shared) * self._config.block_size
@@ -241,14 +258,19 @@ class Planner:
             prompt_length=sequence.prompt_length,
             computed_length=sequence.computed_length,
             sampling=sequence.sampling,
+            state_received=sequence.source is not None,
         )
         message.block_table_deltas.add(slot=sequence.slot, start=0, blocks=sequence.blocks)
         if not sequence.state.admitted:
             sequence.state.admitted = True
-            draft.admitted.append((sequence, sequence.computed_length))
-            if self._config.prefix_cache:
+            received = sequence.source is not None
+            found = min(sequence.computed_length, sequence.prompt_length) if received else sequence.computed_length
+            draft.admitted.append((sequence, found))
+            if self._config.prefix_cache and not received:
                 self._counts.prefix_queries += sequence.known_length
                 self._counts.prefix_hits += sequence.computed_length
+        # Should it lose its blocks, it is computed like any other.
+        sequence.source = None
 
     def _give_up(self, draft: Draft, sequence: Sequence, tokens: int) -> None:
         config = self._config

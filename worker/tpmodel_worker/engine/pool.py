@@ -84,6 +84,7 @@ class Pool:
         self._settling_seq = 0
         self._replies: deque[tuple[int, worker_pb2.GenerateStepOk]] = deque()
         self._exchange: ControlExchange | None = None
+        self._control_turn = asyncio.Lock()
         self._error: PoolError | None = None
         self._silence = 0.0
         self._unconfirmed: frozenset[int] = frozenset()
@@ -126,13 +127,23 @@ class Pool:
     ) -> list[worker_pb2.SessionResponse]:
         """Sends one control request to each rank (all of one type) and collects the replies, by rank.
 
-        All plans are settled first. collective: ranks that wait for one that has failed do not come back
+        One at a time: others wait for their turn. All plans are settled first.
+
+        collective: ranks that wait for one that has failed do not come back
         by themselves, so the first failure aborts the epoch. Raises PoolError, once every rank is drained.
         """
+        async with self._control_turn:
+            return await self._control(requests, patience, collective, on_progress)
+
+    async def _control(
+        self,
+        requests: Sequence[ControlRequest],
+        patience: Patience,
+        collective: bool,
+        on_progress: ProgressCallback | None,
+    ) -> list[worker_pb2.SessionResponse]:
         name = control_name(requests[0])
         await self.settle()
-        if self._exchange is not None:
-            raise RuntimeError(f"{name} was asked for while {self._exchange.name} is under way")
         seq = self._take_seq()
         exchange = ControlExchange(type(requests[0]), seq, self.world_size, patience, on_progress)
         self._exchange = exchange
@@ -188,6 +199,14 @@ class Pool:
     async def statuses(self) -> list[worker_pb2.GetStatusResponse]:
         """Every rank's account of itself, by rank, also while they are busy. Raises WrongRankError or AioRpcError."""
         return list(await asyncio.gather(*(channel.get_status(self._timeouts.ping) for channel in self._channels)))
+
+    async def kv_outcomes(self, transfer: str) -> list[worker_pb2.AwaitKvTransferResponse]:
+        """How each rank's part of a KV transfer ended, by rank, once all have. Raises AioRpcError."""
+        return list(await asyncio.gather(*(channel.await_kv_transfer(transfer) for channel in self._channels)))
+
+    async def cancel_kv(self, transfer: str, reason: str, timeout: float) -> None:
+        """Ends a KV transfer on every rank: nothing reads or writes its blocks any more. Raises AioRpcError."""
+        await asyncio.gather(*(channel.cancel_kv_transfer(transfer, reason, timeout) for channel in self._channels))
 
     def _fan_out(self, exchange: ControlExchange, requests: Sequence[ControlRequest]) -> Exception | None:
         """Sends to every rank, whatever happens to the others; the first failure to send."""
@@ -385,6 +404,17 @@ class Pool:
         if self._error is None:
             raise RuntimeError("the pool has not failed")
         return self._error
+
+    async def fails_within(self, seconds: float) -> bool:
+        """Whether the epoch has ended by a fault, now or before the time is over."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._until(lambda: False)
+        except PoolError:
+            return True
+        except TimeoutError:
+            return self._error is not None
+        raise AssertionError("nothing else ends the wait")
 
     async def abort(self, reason: str) -> None:
         """Ends the epoch on every rank, from outside whatever they are doing; bounded, idempotent."""

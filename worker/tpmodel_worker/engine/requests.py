@@ -63,6 +63,25 @@ class SchedulerConfig:
         return -(-tokens // self.block_size)
 
 
+@dataclass(frozen=True, slots=True)
+class KeepKv:
+    """A request ends behind its first new token, and its KV cache is kept for another gang."""
+
+    ticket: str
+    """Under which it can be fetched; unique."""
+    seconds: float
+    """How long it is kept when nobody comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """Where another gang keeps a request's KV cache."""
+
+    target: str
+    """host:port of its control port."""
+    ticket: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A validated request: tokens and resolved parameters."""
@@ -80,6 +99,10 @@ class Request:
     """Lower runs first."""
     deadline: float | None = None
     """Unix seconds."""
+    keep_kv: KeepKv | None = None
+    """Needs n = 1."""
+    kv_source: KvSource | None = None
+    """Needs n = 1 and resume_token_ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +112,25 @@ class Admitted:
     cached_tokens: int
     """Prompt tokens whose KV was found in the prefix cache."""
     weight_version: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetch:
+    """A request whose KV is to come from another gang into blocks that it holds."""
+
+    key: Hashable
+    request_id: str
+    source: KvSource
+    token_ids: Sequence[int]
+    """Prompt and outputs."""
+    blocks: Sequence[int]
+    slot: int
+    weight_version: int
+
+    @property
+    def tokens(self) -> int:
+        """How many of them come with KV: the last one's is computed here."""
+        return len(self.token_ids) - 1
 
 
 @dataclass(slots=True)

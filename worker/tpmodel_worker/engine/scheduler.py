@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from tpmodel.v1 import inference_pb2, worker_pb2
+from tpmodel_worker.engine.handovers import Handovers
+from tpmodel_worker.engine.kept import Kept
 from tpmodel_worker.engine.placement import Placement
 from tpmodel_worker.engine.plan_ledger import PlanLedger, PlanRecord
 from tpmodel_worker.engine.planner import Draft, PlanCounts, Planner
@@ -15,6 +17,7 @@ from tpmodel_worker.engine.requests import (
     RESOURCE_EXHAUSTED,
     UNAVAILABLE,
     Admitted,
+    Fetch,
     Held,
     InvalidRequestError,
     NeverFitsError,
@@ -74,6 +77,7 @@ class Scheduler:
         self._weight_version = weight_version
         self._step_times = StepTimes()
         self._placement = Placement(config, weight_version=weight_version)
+        self._handovers = Handovers(self._placement, weight_version=weight_version)
         self._counts = PlanCounts()
         self._planner = Planner(self._placement, self._step_times, self._counts)
         self._ledger = PlanLedger()
@@ -130,6 +134,10 @@ class Scheduler:
                 f"{known_length} tokens need {config.blocks_for(known_length)} blocks of {config.block_size} tokens, "
                 f"but the KV cache has {config.num_blocks}"
             )
+        if request.n > 1 and (request.keep_kv or request.kv_source):
+            raise InvalidRequestError(f"n is {request.n}: what is handed over has one sample")
+        if request.kv_source is not None and not request.resume_token_ids:
+            raise InvalidRequestError("kv_source without resume_token_ids: the tokens that the other gang has sent")
         if self._never_admitted >= config.queue_limit:
             raise QueueFullError(f"{self._never_admitted} requests wait already, the limit is {config.queue_limit}")
 
@@ -182,6 +190,8 @@ class Scheduler:
         for sequence, cached_tokens in draft.admitted:
             self._never_admitted -= 1
             self._outputs.append(self._admitted_output(sequence, cached_tokens))
+        for sequence in draft.receiving:
+            self._handovers.begin_fetch(sequence)
         for state, message in draft.does_not_fit:
             if state.live_samples:
                 self._fail(state, RESOURCE_EXHAUSTED, message)
@@ -236,7 +246,11 @@ class Scheduler:
             self._placement.cache_prefix(sequence, length - 1)
         if finished:
             output.finish_reason = _FINISH_REASONS[finished]
-            self._end_sample(sequence)
+            if sequence.keeps and finished == worker_pb2.FINISHED_LENGTH:
+                output.finish_reason = inference_pb2.FINISH_REASON_KEPT
+                self._keep(sequence)
+            else:
+                self._end_sample(sequence)
 
     def take_outputs(self) -> list[SequenceOutput]:
         """Outputs that submit and next_plan left: admissions, failures, resumed streams that were at their end."""
@@ -258,6 +272,9 @@ class Scheduler:
         if self._next_deadline is None or now < self._next_deadline:
             return
         self._next_deadline = None
+        for kept in self._placement.kept.expired(now):
+            self._placement.drop(kept)
+        self._note_deadline(self._placement.kept.next_expiry())
         for state in list(self._requests.values()):
             deadline = _deadline_of(state)
             if deadline is None or deadline > now:
@@ -290,11 +307,54 @@ class Scheduler:
                 self._end_sample(sample)
 
     def _end_sample(self, sample: Sequence) -> None:
-        state = sample.state
         self._placement.end(sample)
+        self._handovers.request_ended(sample)
+        self._forget_ended(sample.state)
+
+    def _forget_ended(self, state: RequestState) -> None:
         if state.live_samples == 0:
             del self._requests[state.request.key]
             self._never_admitted -= not state.admitted
+
+    # ---------------------------------------------------------------------- between two gangs
+
+    def _keep(self, sequence: Sequence) -> None:
+        """The sequence ends, and what it holds stays, unless it was preempted meanwhile and holds nothing."""
+        keep = sequence.state.request.keep_kv
+        if keep is None or sequence.status is not SequenceStatus.RUNNING:
+            self._end_sample(sequence)
+            return
+        self._placement.keep(sequence, ticket=keep.ticket, expires=self._clock() + keep.seconds)
+        self._note_deadline(self._placement.kept.next_expiry())
+        self._forget_ended(sequence.state)
+
+    @property
+    def handovers(self) -> Handovers:
+        """Of the present world."""
+        return self._handovers
+
+    def end_handover(self, kept: Kept, *, fetched: bool) -> None:
+        """Nobody reads what was kept any more. fetched: it is free; else it stays until it expires."""
+        self._note_deadline(self._handovers.end(kept, self._clock(), fetched=fetched))
+
+    def fetched(self, fetch: Fetch) -> None:
+        """Its KV has come: the request goes on behind it."""
+        sequence = self._handovers.end_fetch(fetch)
+        if sequence is None:
+            return
+        if sequence.status is SequenceStatus.RECEIVING:
+            self._placement.received(sequence)
+        else:
+            self._placement.stop_receiving(sequence)
+
+    def fetch_failed(self, fetch: Fetch, code: int, message: str) -> None:
+        """Nothing comes into its blocks any more: they are free, and the request fails. code: google.rpc.Code."""
+        sequence = self._handovers.end_fetch(fetch)
+        if sequence is None:
+            return
+        if sequence.status is SequenceStatus.RECEIVING:
+            self._fail(sequence.state, code, message)
+        self._placement.stop_receiving(sequence)
 
     # --------------------------------------------------------------------------- between two worlds
 
@@ -341,6 +401,7 @@ class Scheduler:
         self._ledger.forget()
         self._config = config
         self._placement = Placement(config, weight_version=self._weight_version)
+        self._handovers = Handovers(self._placement, weight_version=self._weight_version)
         self._planner = Planner(self._placement, self._step_times, self._counts)
         for state in self._requests.values():
             state.samples_in_slots = 0

@@ -6,13 +6,15 @@ import enum
 from dataclasses import dataclass, field
 
 from tpmodel.v1 import worker_pb2
-from tpmodel_worker.engine.requests import Request
+from tpmodel_worker.engine.requests import KvSource, Request
 
 
 class SequenceStatus(enum.Enum):
     """Where a sequence is."""
 
     WAITING = enum.auto()
+    RECEIVING = enum.auto()
+    """It holds a slot and blocks, into which its KV comes from another gang."""
     RUNNING = enum.auto()
     """It holds a slot and blocks."""
     ENDED = enum.auto()
@@ -63,6 +65,10 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     finished: bool = False
     """A reply said so: no further token may arrive."""
+    keeps: bool = False
+    """Its max_tokens are those of this gang's part: at that end its blocks are kept for another gang."""
+    source: KvSource | None = None
+    """Where its KV is to be fetched from; None: it is computed."""
 
     tokens_in_world: int = 0
     """Committed since the world began."""
@@ -93,6 +99,9 @@ class Sequence:
         self.blocks = []
         self.block_hashes = []
         self.tokens_in_world = 0
+        if self.status is not SequenceStatus.WAITING:
+            # It is computed like any other now.
+            self.source = None
 
     @property
     def prefilling(self) -> bool:
@@ -108,6 +117,10 @@ def make_samples(request: Request, *, arrival: int, max_model_len: int) -> Reque
     max_tokens = max_model_len - prompt_length
     if request.sampling.max_tokens:
         max_tokens = min(max_tokens, request.sampling.max_tokens)
+    first = len(request.resume_token_ids) + 1
+    keeps = request.keep_kv is not None and max_tokens > first
+    if keeps:
+        max_tokens = first
     for index in range(request.n):
         sampling = worker_pb2.SlotSampling()
         sampling.CopyFrom(request.sampling)
@@ -122,6 +135,8 @@ def make_samples(request: Request, *, arrival: int, max_model_len: int) -> Reque
                 token_ids=base.copy(),
                 prompt_length=prompt_length,
                 length_limit=prompt_length + max_tokens,
+                keeps=keeps,
+                source=request.kv_source,
             )
         )
     return state

@@ -1,9 +1,10 @@
-"""The world as those see it who interrupt it for a while: weight updates, and pods that drain."""
+"""The world as those see it who interrupt it for a while: weight updates, handovers, and pods that drain."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from tpmodel_worker.engine.build import GangCache
 from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.pool import Pool
 
@@ -19,4 +20,9 @@ class ServedWorld(Protocol):
     @property
     def loop(self) -> ServingLoop | None:
         """Where requests are served; None before the first world."""
+        ...
+
+    @property
+    def kv(self) -> GangCache | None:
+        """What other gangs are told of its KV cache; None while there is no world."""
         ...

@@ -18,13 +18,16 @@ from tpmodel_worker.engine.control import GangService, start_control_server
 from tpmodel_worker.engine.errors import RebuildRefusedError
 from tpmodel_worker.engine.front import Front, Key
 from tpmodel_worker.engine.generations import Generations, watch
+from tpmodel_worker.engine.kv_fetching import KvFetching
+from tpmodel_worker.engine.kv_sending import KvSending
+from tpmodel_worker.engine.kv_service import KvService
 from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.members import Members
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.parting import Partings
 from tpmodel_worker.engine.pool import PoolTimeouts
 from tpmodel_worker.engine.report import SupervisorLink
-from tpmodel_worker.engine.requests import UNAVAILABLE, RefusedError, Request
+from tpmodel_worker.engine.requests import UNAVAILABLE, InvalidRequestError, RefusedError, Request
 from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, EngineStatus
 from tpmodel_worker.engine.supervisors import Supervisors
 from tpmodel_worker.engine.weight_service import WeightService
@@ -79,6 +82,8 @@ class Engine:
         self._generations = Generations(self.world.newer_generation)
         self._watch_task: asyncio.Task[None] | None = None
         self.weights = WeightUpdates(self.world, self.status, committed)
+        self._kv_sending = KvSending(self.world, self.status, deadline_seconds=settings.kv_transfer_deadline)
+        self._kv_fetching = KvFetching(self.world, token=settings.token, deadline_seconds=settings.kv_transfer_deadline)
         self.world.on_serving = self._world_serves
         self._partings = Partings(
             self.world,
@@ -103,7 +108,12 @@ class Engine:
             self._members, self.status, self, attempt=settings.attempt, model_path=settings.model_path
         )
         self._control, self.control_port = await start_control_server(
-            settings.address, settings.control_port, settings.token, service, WeightService(self.weights)
+            settings.address,
+            settings.control_port,
+            settings.token,
+            service,
+            WeightService(self.weights),
+            KvService(self._kv_sending),
         )
         self._link_task = asyncio.create_task(self._link.run(), name="supervisor link")
         self._world_task = asyncio.create_task(self.world.run(), name="world")
@@ -184,6 +194,7 @@ class Engine:
         )
 
     def _world_serves(self, loop: ServingLoop) -> None:
+        loop.on_fetch, loop.on_fetch_dropped = self._kv_fetching.begin, self._kv_fetching.drop
         self.weights.world_serves(loop)
         self._partings.world_serves()
 
@@ -196,6 +207,7 @@ class Engine:
         if self.world.loop is not None:
             self.world.loop.fail_all("the engine was stopped")
         await self.weights.close()
+        await self._kv_fetching.close()
         await self._end_world()
         await self._supervisors.close()
         await self._front.stop()
@@ -217,6 +229,11 @@ class Engine:
             raise UnavailableError(f"{NOT_BUILT}{detail}")
         if self.status.weights_condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST):
             raise UnavailableError(f"{self.status.weights_condition}: {self.status.state.weights_message}")
+        source, known = request.kv_source, self._settings.kv_sources
+        if source is not None and source.target not in known:
+            names = ", ".join(known) or "none: --kv-from names them"
+            message = f"kv_source.target: {source.target!r} is no gang that this one fetches from ({names})"
+            raise InvalidRequestError(message)
         self.world.loop.submit(request)
 
     def cancel(self, key: Key, sample_index: int | None = None) -> bool:

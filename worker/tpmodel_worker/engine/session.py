@@ -76,6 +76,16 @@ class RankChannel:
         request = worker_pb2.AbortRequest(epoch=epoch, reason=reason)
         await self._stub.Abort(request, timeout=timeout, metadata=self.metadata)
 
+    async def await_kv_transfer(self, transfer: str) -> worker_pb2.AwaitKvTransferResponse:
+        """Returns once the rank's part of a KV transfer is over. Raises AioRpcError."""
+        request = worker_pb2.AwaitKvTransferRequest(transfer=transfer)
+        return await self._stub.AwaitKvTransfer(request, metadata=self.metadata)
+
+    async def cancel_kv_transfer(self, transfer: str, reason: str, timeout: float) -> None:
+        """Breaks a KV transfer off and returns when the rank has left it. Raises AioRpcError."""
+        request = worker_pb2.CancelKvTransferRequest(transfer=transfer, reason=reason)
+        await self._stub.CancelKvTransfer(request, timeout=timeout, metadata=self.metadata)
+
     async def close(self) -> None:
         """Closes the channel and with it every call on it."""
         await self.channel.close()

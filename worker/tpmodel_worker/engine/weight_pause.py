@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 
 from tpmodel.v1 import weights_pb2
 from tpmodel_worker.engine.loop import ServingLoop
@@ -63,16 +61,3 @@ class Pause:
     def _on_long_pause(self) -> None:
         if not self._status.weights_condition:
             self._status.set_weights_condition(WEIGHTS_UPDATING, "a weight update is under way")
-
-
-@contextlib.asynccontextmanager
-async def held_plans(loop: ServingLoop) -> AsyncIterator[None]:
-    """No plans are made inside; afterwards as before."""
-    before = loop.held
-    loop.hold_plans()
-    try:
-        await loop.quiet()
-        yield
-    finally:
-        if not before:
-            loop.release_plans()

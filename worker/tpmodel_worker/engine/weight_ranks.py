@@ -15,7 +15,6 @@ from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.served_world import ServedWorld
 from tpmodel_worker.engine.weight_errors import UpdateError, failure_of
-from tpmodel_worker.engine.weight_pause import held_plans
 
 STEP_SECONDS = 60.0
 _FIRST_POLL_SECONDS = 0.005
@@ -71,7 +70,7 @@ class UpdateRanks:
         """One step on every rank, between two plans. Raises UpdateError."""
         pool = pool or self.pool
         requests = [step(rank) for rank in range(pool.world_size)]
-        async with held_plans(self.loop):
+        async with self.loop.between_plans():
             # Cancelled or not, every rank is drained before the next step.
             exchange = self._background.start(pool.control(requests, Patience(STEP_SECONDS)))
             try:

@@ -24,7 +24,7 @@ from tpmodel_worker.engine.served_world import ServedWorld
 from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, EngineStatus
 from tpmodel_worker.engine.trainer_link import TrainerLink
 from tpmodel_worker.engine.weight_errors import UpdateError, failure_of
-from tpmodel_worker.engine.weight_pause import Pause, held_plans
+from tpmodel_worker.engine.weight_pause import Pause
 from tpmodel_worker.engine.weight_ranks import STEP_SECONDS, Background, UpdateRanks
 from tpmodel_worker.weights.ranks import update_rank
 
@@ -237,7 +237,7 @@ class WeightUpdates:
             loop = self._ranks.loop
             if self._shadow:
                 await self._pause.begin(self._ranks.loop, self._running)
-            async with held_plans(loop):
+            async with loop.between_plans():
                 prepare = worker_pb2.WeightUpdateRequest(prepare=worker_pb2.PrepareCommit())
                 try:
                     await self._ranks.control(lambda _rank: prepare)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.attempts import STALE
 from tpmodel_worker.engine.budget import RebuildBudget
-from tpmodel_worker.engine.build import BuildError, BuiltWorld, WorldBuilder
+from tpmodel_worker.engine.build import BuildError, BuiltWorld, GangCache, WorldBuilder
 from tpmodel_worker.engine.errors import (
     ConfigurationError,
     NewerGenerationError,
@@ -116,6 +116,11 @@ class World:
     def pool(self) -> Pool | None:
         """The ranks of the built world."""
         return self._built.pool if self._built is not None else None
+
+    @property
+    def kv(self) -> GangCache | None:
+        """The built world's KV cache."""
+        return self._built.kv if self._built is not None else None
 
     @property
     def built(self) -> bool:

@@ -15,6 +15,7 @@ from tpmodel_worker.arenas.host import free_host_bytes
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.keeper import ArenaKeeper
 from tpmodel_worker.arenas.memory import Arena
+from tpmodel_worker.kv.transfer import RequestCache
 from tpmodel_worker.models.batch import LayerCache, LayerKvCache, LayerState, StateShape
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.rank.upload import upload
@@ -225,6 +226,22 @@ class KvCache:
     def bytes(self) -> int:
         """Bytes of the arena."""
         return self._arena.size
+
+    def of_request(self, *, blocks: Sequence[int], slot: int, tokens: int) -> RequestCache:
+        """Where a request's cache is, for handing it over.
+
+        Raises:
+            ValueError: there is no such block or slot, or the blocks hold fewer tokens.
+        """
+        size, states = self.shape.block_size, self.shape.states
+        if any(block >= self.num_blocks for block in blocks):
+            raise ValueError(f"block {max(blocks)} is out of range: there are {self.num_blocks}")
+        if not 0 < tokens <= len(blocks) * size:
+            raise ValueError(f"{tokens} tokens in {len(blocks)} blocks of {size}: expected 1 to {len(blocks) * size}")
+        if states is not None and slot >= states.slots:
+            raise ValueError(f"slot {slot} is out of range: there are {states.slots}")
+        kept = [layer for layer in self.layers if isinstance(layer, LayerState)]
+        return RequestCache(self._kv, kept, size, tuple(blocks), slot, tokens)
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies blocks, all layers; sources and targets: int64 on the device, of one length."""

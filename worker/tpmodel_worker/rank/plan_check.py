@@ -91,7 +91,7 @@ def _check_admissions(plan: pb.GenerateStepRequest, outlook: _Outlook, limits: P
             raise InvalidPlanError(
                 f"slot {slot}: prompt_length {admission.prompt_length} is not in 1 to {known}, its number of token ids"
             )
-        if admission.computed_length and limits.keeps_state:
+        if admission.computed_length and limits.keeps_state and not admission.state_received:
             raise InvalidPlanError(
                 f"slot {slot}: computed_length {admission.computed_length}, but the model's recurrent state "
                 "begins at token 0"

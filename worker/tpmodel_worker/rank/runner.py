@@ -98,7 +98,8 @@ class StepRunner:
             known = self.slots.host.tokens[admission.slot].tolist()
             prompt, outputs = known[: admission.prompt_length], known[admission.prompt_length :]
             self._sampler.admit(admission.slot, admission.sampling, prompt, outputs)
-        self._cache.reset_states([admission.slot for admission in plan.admissions])
+        begun = [admission.slot for admission in plan.admissions if not admission.state_received]
+        self._cache.reset_states(begun)
         self.slots.extend(plan.block_table_deltas)
         for copies in _independent(plan.block_copies):
             pairs = np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64)

@@ -230,6 +230,32 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         await self._end(request.epoch, request.reason or "the engine aborted it")
         return pb.AbortResponse(epoch=request.epoch)
 
+    async def AwaitKvTransfer(  # noqa: N802
+        self,
+        request: pb.AwaitKvTransferRequest,
+        context: grpc.aio.ServicerContext[pb.AwaitKvTransferRequest, pb.AwaitKvTransferResponse],
+    ) -> pb.AwaitKvTransferResponse:
+        """Returns once this rank's part of a handover is over."""
+        handover = self._worker.handovers.find(request.transfer)
+        if handover is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no KV transfer {request.transfer!r}")
+        outcome = await asyncio.wrap_future(handover.outcome)
+        self._worker.handovers.forget(request.transfer)
+        return pb.AwaitKvTransferResponse(error=outcome.error, bytes=outcome.bytes, seconds=outcome.seconds)
+
+    async def CancelKvTransfer(  # noqa: N802
+        self,
+        request: pb.CancelKvTransferRequest,
+        context: grpc.aio.ServicerContext[pb.CancelKvTransferRequest, pb.CancelKvTransferResponse],
+    ) -> pb.CancelKvTransferResponse:
+        """Breaks a handover off; returns once its thread has ended."""
+        handover = self._worker.handovers.find(request.transfer)
+        if handover is not None:
+            await asyncio.to_thread(handover.cancel, request.reason)
+            await asyncio.wrap_future(handover.outcome)
+            self._worker.handovers.forget(request.transfer)
+        return pb.CancelKvTransferResponse()
+
     async def _end(self, epoch: int, reason: str) -> None:
         """Ends the epoch and all older ones, and waits until the computing thread has left them.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +15,8 @@ from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.keeper import ArenaKeeper
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
+from tpmodel_worker.kv.layout import KvLayout, StateLayout
+from tpmodel_worker.kv.transfer import RequestCache
 from tpmodel_worker.loading.load import LoadedModel, LoadFormat, Progress, load_model
 from tpmodel_worker.models.config import ModelConfig, parse_model_config
 from tpmodel_worker.rank.errors import RequestError
@@ -98,6 +102,20 @@ class ShardHolder:
         """Bytes of the KV cache's arena."""
         return self._cache.bytes if self._cache is not None else 0
 
+    @property
+    def kv_layout(self) -> KvLayout | None:
+        """Of the whole gang's cache; None before a model is loaded."""
+        return _kv_layout(self._shard) if self._shard is not None else None
+
+    def request_cache(self, *, blocks: Sequence[int], slot: int, tokens: int) -> RequestCache:
+        """As KvCache.of_request. Raises RequestError where there is no cache, or no such part of it."""
+        if self._cache is None:
+            raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, "there is no KV cache: ClearKvCache makes one")
+        try:
+            return self._cache.of_request(blocks=blocks, slot=slot, tokens=tokens)
+        except ValueError as error:
+            raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, str(error)) from error
+
     def load(
         self,
         request: pb.LoadDenseShardRequest,
@@ -169,6 +187,7 @@ class ShardHolder:
             kv_block_bytes=shard.kv_shape.block_bytes,
             state_bytes=shard.kv_shape.state_bytes,
             weight_version=loaded.weight_version,
+            kv_layout=_kv_layout(shard).to_message(),
         )
 
     def _describe(
@@ -287,6 +306,31 @@ class ShardHolder:
         # A process of this rank that has ended may have left one with the supervisor.
         release_kv_arena(self._rank, self._arenas)
         return 0
+
+
+def _kv_layout(shard: _Shard) -> KvLayout:
+    config, shape = shard.config, shard.kv_shape
+    linear, state = config.linear_attention, None
+    if linear is not None:
+        state = StateLayout(
+            layers=len(linear.layers),
+            key_heads=linear.key_heads,
+            value_heads=linear.value_heads // linear.key_heads,
+            key_dim=linear.key_head_dim,
+            value_dim=linear.value_head_dim,
+            taps=linear.convolution - 1,
+        )
+    return KvLayout(
+        model_id=shard.identity.model_id,
+        config_digest=hashlib.sha256(shard.identity.config_json.encode()).hexdigest(),
+        dtype=str(shape.dtype).removeprefix("torch."),
+        layers=shape.layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+        ranks=shard.identity.world_size,
+        state=state,
+    )
 
 
 def _parse(request: pb.LoadDenseShardRequest, world_size: int) -> tuple[ModelConfig, str]:

@@ -16,6 +16,10 @@ from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
 from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
+from tpmodel_worker.kv.errors import KvMismatchError
+from tpmodel_worker.kv.handover import Handovers
+from tpmodel_worker.kv.layout import KvLayout
+from tpmodel_worker.kv.plan import plan_transfer
 from tpmodel_worker.loading.errors import CheckpointError
 from tpmodel_worker.models.config import ConfigError
 from tpmodel_worker.rank.errors import RequestError, describe
@@ -97,6 +101,8 @@ class Worker:
             address=address,
             report=status.weight_update,
         )
+        self._device_id = _device_id(device)
+        self.handovers = Handovers(rank=rank, device=device, device_id=self._device_id, address=address, token=token)
         self._commands: queue.SimpleQueue[_Open | _Leave | pb.SessionRequest] = queue.SimpleQueue()
         self._epoch: _Epoch | None = None
         self._handlers: dict[str, Callable[[_Epoch, pb.SessionRequest], pb.SessionResponse]] = {
@@ -106,6 +112,7 @@ class Worker:
             "clear_kv_cache": self._clear,
             "unload_model": self._unload,
             "weight_update": self._update_weights,
+            "kv_transfer": self._transfer_kv,
             "shutdown": self._shut_down,
         }
 
@@ -158,6 +165,9 @@ class Worker:
             return
         epoch.runner = None
         self._updates.leave("the epoch ends")
+        while not self.handovers.leave("the epoch ends"):
+            # What comes next would be written into; the supervisor's deadline ends the process.
+            _logger.error("the thread of a KV transfer does not end", extra={"epoch": epoch.number})
         if not epoch.replies.close(ABORT_SECONDS):
             _logger.error("the device does not finish its work", extra={"epoch": epoch.number})
         if epoch.communicator is not None:
@@ -216,6 +226,7 @@ class Worker:
         def release(reason: str) -> None:
             communicator.abort(reason)
             self._updates.abort_group(reason)
+            self.handovers.cancel_all(reason)
 
         self._gate.attach(epoch.number, release)
         self._status.update(state="initialised", world_size=init.world_size, communicator=communicator.name)
@@ -255,6 +266,7 @@ class Worker:
             self._status.progress(message)
             epoch.replies.response(pb.SessionResponse(epoch=epoch.number, seq=request.seq, progress=message))
 
+        self._leave_handovers("a model is loaded")
         self._status.update(state="loading")
         pods = epoch.init.pods
         try:
@@ -266,10 +278,12 @@ class Worker:
             )
         finally:
             self._show_model()
+        ok.device_id = self._device_id
         return pb.SessionResponse(load_dense_shard_ok=ok)
 
     def _clear(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
         communicator = self._communicator(epoch)
+        self._leave_handovers("the KV cache is emptied")
         epoch.runner = None
         epoch.runner = self._shard.clear(request.clear_kv_cache.num_blocks, communicator)
         epoch.failed_seq = 0
@@ -285,9 +299,36 @@ class Worker:
             self._status.update(weight_version=loaded.weight_version or 0, weights_digest=loaded.digest)
         return pb.SessionResponse(weight_update_ok=ok)
 
+    def _transfer_kv(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
+        transfer = request.kv_transfer
+        layout = self._shard.kv_layout
+        if layout is None or epoch.runner is None:
+            raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, "there is no KV cache: load and clear come first")
+        ok = pb.KvTransferOk()
+        try:
+            source, target = KvLayout.from_message(transfer.source), KvLayout.from_message(transfer.target)
+            plan = plan_transfer(source, target)
+            cache = self._shard.request_cache(blocks=transfer.blocks, slot=transfer.slot, tokens=transfer.tokens)
+            match transfer.WhichOneof("role"):
+                case "send" if source == layout:
+                    ok.endpoints.extend(self.handovers.send(transfer, plan, cache))
+                case "receive" if target == layout:
+                    self.handovers.receive(transfer, plan, cache)
+                case role:
+                    raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, f"{role}: this rank's cache is {layout}")
+        except (KvMismatchError, ValueError) as error:
+            raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, str(error)) from error
+        return pb.SessionResponse(kv_transfer_ok=ok)
+
+    def _leave_handovers(self, reason: str) -> None:
+        if not self.handovers.leave(reason):
+            # Memory that a thread writes can't be given to anybody else.
+            raise RequestError(pb.ERROR_KIND_INTERNAL, f"{reason}, but the thread of a KV transfer does not end")
+
     def _unload(self, epoch: _Epoch, _request: pb.SessionRequest) -> pb.SessionResponse:
         epoch.runner = None
         self._updates.leave("the model is unloaded")
+        self._leave_handovers("the model is unloaded")
         freed = self._shard.unload()
         self._show_model()
         self._status.update(slots_used=0)
@@ -332,3 +373,8 @@ class Worker:
             kv_bytes=self._shard.kv_bytes,
             kv_blocks=self._shard.kv_blocks,
         )
+
+
+def _device_id(device: torch.device) -> str:
+    """The same in every process; "" on CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

@@ -1,0 +1,179 @@
+"""The gang that continues a request: fetches its KV cache from the gang that keeps it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import cast
+
+import grpc
+
+from tpmodel.v1 import kv_pb2, kv_pb2_grpc, worker_pb2
+from tpmodel_worker.auth import token_metadata
+from tpmodel_worker.engine.kv_ranks import KvTransferError, RanksTransfer
+from tpmodel_worker.engine.kv_sending import token_digest
+from tpmodel_worker.engine.loop import ServingLoop
+from tpmodel_worker.engine.requests import UNAVAILABLE, Fetch
+from tpmodel_worker.engine.served_world import ServedWorld
+
+logger = logging.getLogger(__name__)
+
+_TOTAL_SECONDS = 600.0
+"""Most that a transfer may take, however steadily it goes on."""
+_REMEDY = "send the request without kv_source: its prompt is computed again"
+# What another try does not change, and the google.rpc.Code that the client gets; all else is UNAVAILABLE.
+_FINAL: Mapping[grpc.StatusCode, int] = MappingProxyType(
+    {
+        grpc.StatusCode.NOT_FOUND: 5,
+        grpc.StatusCode.FAILED_PRECONDITION: 3,
+        grpc.StatusCode.INVALID_ARGUMENT: 3,
+        # The two gangs have different tokens, or are of different releases.
+        grpc.StatusCode.UNAUTHENTICATED: 9,
+        grpc.StatusCode.UNIMPLEMENTED: 9,
+    }
+)
+_CHANNEL_OPTIONS = (
+    # The other engine's machine may vanish without a word.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class KvFetching:
+    """Any number of requests at a time. Plans go on meanwhile; a request joins them when its KV is there."""
+
+    def __init__(self, world: ServedWorld, *, token: str, deadline_seconds: float) -> None:
+        """token: the gang's, which the other one has too; deadline_seconds: for connecting and one piece of a cache."""
+        self._world = world
+        self._token = token
+        self._deadline_seconds = deadline_seconds
+        self._numbers = itertools.count(1)
+        self._tasks: dict[Fetch, asyncio.Task[None]] = {}
+
+    def begin(self, fetch: Fetch) -> None:
+        """Fetches in the background; the loop hears how it ended."""
+        task = asyncio.get_running_loop().create_task(self._run(fetch), name=f"fetch of {fetch.request_id}")
+        self._tasks[fetch] = task
+        task.add_done_callback(lambda _: self._tasks.pop(fetch, None))
+
+    def drop(self, fetch: Fetch) -> None:
+        """Its request has ended: breaks it off."""
+        task = self._tasks.pop(fetch, None)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        """The engine ends."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, fetch: Fetch) -> None:
+        pool, loop, kv = self._world.pool, self._world.loop, self._world.kv
+        if pool is None or loop is None or kv is None:
+            return  # the world is lost, and with it the blocks
+        transfer = RanksTransfer(f"receive {next(self._numbers)}", pool, loop)
+        code = UNAVAILABLE
+        try:
+            async with asyncio.timeout(_TOTAL_SECONDS):
+                moved, seconds = await self._fetch(fetch, transfer, pool.world_size, kv.layout, list(kv.device_ids))
+        except asyncio.CancelledError:
+            message = "the request has ended"
+        except TimeoutError:
+            message = f"not done within {_TOTAL_SECONDS:g} s"
+        except KvTransferError as error:
+            message = str(error)
+        except grpc.aio.AioRpcError as error:
+            message = f"{error.code().name}: {error.details()}"
+            code = _FINAL.get(error.code(), UNAVAILABLE)
+        else:
+            logger.info(
+                "%d tokens of KV, %d bytes, from %s in %.3f s",
+                fetch.tokens,
+                moved,
+                fetch.source.target,
+                seconds,
+                extra={"request_id": fetch.request_id},
+            )
+            loop.fetched(fetch)
+            return
+        await self._give_up(fetch, transfer, loop, code, message)
+
+    async def _give_up(self, fetch: Fetch, transfer: RanksTransfer, loop: ServingLoop, code: int, message: str) -> None:
+        logger.warning("no KV from %s: %s", fetch.source.target, message, extra={"request_id": fetch.request_id})
+        if not await transfer.cancel(message):
+            return  # the request is replayed in the next world, or fails with this one
+        loop.fetch_failed(fetch, code, f"kv_source: no KV from {fetch.source.target}: {message}; {_REMEDY}")
+
+    async def _fetch(
+        self, fetch: Fetch, transfer: RanksTransfer, ranks: int, layout: kv_pb2.KvLayout, device_ids: list[str]
+    ) -> tuple[int, float]:
+        request = kv_pb2.FetchKvRequest(
+            ticket=fetch.source.ticket,
+            layout=layout,
+            weight_version=fetch.weight_version,
+            tokens=len(fetch.token_ids),
+            token_digest=token_digest(fetch.token_ids),
+            device_ids=device_ids,
+        )
+        async with grpc.aio.insecure_channel(fetch.source.target, options=_CHANNEL_OPTIONS) as channel:
+            stub = kv_pb2_grpc.KvServiceStub(channel)
+            call = cast(
+                "grpc.aio.UnaryStreamCall[kv_pb2.FetchKvRequest, kv_pb2.FetchKvResponse]",
+                stub.Fetch(request, metadata=token_metadata(self._token)),
+            )
+            try:
+                offer = await self._read(call)
+                if not offer.HasField("offer"):
+                    raise KvTransferError(grpc.StatusCode.ABORTED, "it did not say where its ranks wait")
+                step = worker_pb2.KvTransferRequest(
+                    transfer=transfer.name,
+                    source=offer.offer.layout,
+                    target=layout,
+                    blocks=fetch.blocks,
+                    slot=fetch.slot,
+                    tokens=fetch.tokens,
+                    deadline_seconds=self._deadline_seconds,
+                    receive=worker_pb2.ReceiveKv(endpoints=offer.offer.endpoints),
+                )
+                await transfer.begin([step] * ranks)
+                return await self._finish(transfer, call)
+            finally:
+                call.cancel()
+
+    async def _read(
+        self, call: grpc.aio.UnaryStreamCall[kv_pb2.FetchKvRequest, kv_pb2.FetchKvResponse]
+    ) -> kv_pb2.FetchKvResponse:
+        response = await call.read()
+        if not isinstance(response, kv_pb2.FetchKvResponse):
+            raise KvTransferError(grpc.StatusCode.ABORTED, f"it said no more: {await call.details()}")
+        return response
+
+    async def _finish(
+        self,
+        transfer: RanksTransfer,
+        call: grpc.aio.UnaryStreamCall[kv_pb2.FetchKvRequest, kv_pb2.FetchKvResponse],
+    ) -> tuple[int, float]:
+        """Waits for the ranks, and beside them for word that the other gang has failed."""
+        ours = asyncio.create_task(transfer.finish())
+        theirs = asyncio.create_task(self._read(call))
+        try:
+            done, _ = await asyncio.wait({ours, theirs}, return_when=asyncio.FIRST_COMPLETED)
+            if ours not in done:
+                theirs.result()
+            moved = await ours
+            # Everything is here; its blocks are free once it knows the same.
+            await asyncio.wait({theirs}, timeout=self._deadline_seconds)
+            return moved
+        finally:
+            for task in (ours, theirs):
+                task.cancel()
+            await asyncio.gather(ours, theirs, return_exceptions=True)
