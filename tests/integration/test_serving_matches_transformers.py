@@ -1,51 +1,103 @@
-"""The whole server against transformers: float32, greedy, mixed lengths, at once and one by one."""
+"""The whole server against transformers: float32, greedy, mixed lengths, at once and one by one.
+
+One server for each model and world. Its steps are so small that prompts go in chunks, its KV cache so small that
+sequences are preempted, and what comes one by one begins in the prefix cache, where the model has one.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from support.checkpoints import ARCHITECTURES, BASE, VARIANTS, make_checkpoint, random_prompts
+from support.checkpoints import ARCHITECTURES, VARIANTS, WHOLE_EXPERTS, make_checkpoint, random_prompts
 from support.devices import DEVICES
+from support.lockstep import LockstepWorld
 from support.oracle import Reference, TieLedger
-from support.scale import ORACLE_ARCHITECTURE_PROMPTS, ORACLE_ARCHITECTURE_WORLDS, ORACLE_PROMPTS, ORACLE_TOKENS
+from support.scale import FULL, ORACLE_PROMPTS, ORACLE_TOKENS, ORACLE_WORLDS
 from tpmodel import AsyncClient, Client
 from tpmodel.local import LocalServer
+from tpmodel_worker.models.config import read_model_config
+from tpmodel_worker.models.registry import build_model
+from tpmodel_worker.rank.kv_cache import KvShape, StateMemory
 
-OPTIONS = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--log-format", "json"]
-# Small steps, so that prompts go in chunks; a prefix cache, so that the second round hits it.
-CHUNKED = [*OPTIONS, "--max-num-batched-tokens", "48", "--kv-cache-memory", "8M"]
+WHOLE = "whole_experts"
+MODELS = VARIANTS | ARCHITECTURES | {WHOLE: ARCHITECTURES["qwen3_moe"] | WHOLE_EXPERTS}
+CASES = [(model, tp) for model in MODELS for tp in ((1, 2, 4) if FULL else ORACLE_WORLDS.get(model, ()))]
+SLOTS, BLOCK, BLOCKS, MAX_LENGTH = 16, 16, 40, 256
+LONGEST = 160
+"""Tokens of a prompt: more than one step takes, and than the linear layers compute at once."""
+OPTIONS = [
+    *("--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-num-seqs", str(SLOTS)),
+    *("--max-num-batched-tokens", "100", "--block-size", str(BLOCK), "--log-format", "json"),
+]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ledger() -> Iterator[TieLedger]:
     ledger = TieLedger()
     yield ledger
     print(f"ties in the whole suite: {ledger.ties}")
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {
-        name: make_checkpoint(root / name, seed=index, **overrides)
-        for index, (name, overrides) in enumerate((VARIANTS | ARCHITECTURES).items())
-    }
+class Models:
+    """Checkpoints and what transformers makes of them, each once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @functools.cache  # noqa: B019 (lives as long as the module's tests)
+    def checkpoint(self, model: str) -> Path:
+        return make_checkpoint(self._root / model, seed=list(MODELS).index(model), **MODELS[model])
+
+    @functools.cache  # noqa: B019
+    def reference(self, model: str) -> Reference:
+        return Reference(self.checkpoint(model))
 
 
-def prompts_for(variant: str, *, seed: int) -> list[list[int]]:
-    vocabulary = {**BASE, **VARIANTS.get(variant, {})}["vocab_size"]
-    return random_prompts(ORACLE_PROMPTS, shortest=3, longest=160, vocabulary=vocabulary, seed=seed)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("checkpoints"))
+
+
+def options_for(checkpoint: Path, model: str, tp: int) -> list[str]:
+    """Memory for the states of all slots and BLOCKS blocks: too few for the sequences that run at once."""
+    whole = model == WHOLE
+    config = read_model_config(checkpoint, world_size=tp, expert_parallel=whole)
+    rank = build_model(config, communicator=LockstepWorld(tp).communicators[0], dtype=torch.float32)
+    shape = KvShape(
+        layers=rank.keeps_state.count(False),
+        kv_heads=rank.kv_heads,
+        head_dim=rank.head_dim,
+        block_size=BLOCK,
+        dtype=torch.float32,
+        states=StateMemory(rank.state_shape, sum(rank.keeps_state), SLOTS, torch.float32) if rank.state_shape else None,
+    )
+    memory = shape.state_bytes + (BLOCKS + 1) * shape.block_bytes
+    return [*OPTIONS, "--kv-cache-memory", str(memory), *(["--expert-parallel"] if whole else [])]
 
 
 async def all_at_once(target: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """Every prompt's tokens, beside clients that go away amid their answer."""
+    options = {"max_tokens": ORACLE_TOKENS, "temperature": 0, "ignore_eos": True}
     async with AsyncClient(target) as client:
-        results = await asyncio.gather(
-            *(client.complete(p, max_tokens=ORACLE_TOKENS, temperature=0, ignore_eos=True) for p in prompts)
-        )
+
+        async def leave(prompt: list[int], chunks: int) -> None:
+            stream = client.generate(prompt, **options)
+            async for _ in stream:
+                chunks -= 1
+                if chunks == 0:
+                    break
+            stream.cancel()
+
+        leaving = [leave(prompt[::-1], chunks) for chunks, prompt in enumerate(prompts[:3], 1)]
+        staying = [client.complete(prompt, **options) for prompt in prompts]
+        results, *_ = await asyncio.gather(asyncio.gather(*staying), *leaving)
     return [result.token_ids[0] for result in results]
 
 
@@ -56,65 +108,36 @@ def one_by_one(target: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
         ]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("variant", list(VARIANTS))
-@pytest.mark.parametrize("device", DEVICES)
-def test_greedy_tokens_are_those_of_transformers(
-    device: str, variant: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
-) -> None:
-    check_greedy(device, variant, tp, checkpoints, ledger)
-
-
-@pytest.mark.parametrize("tp", ORACLE_ARCHITECTURE_WORLDS)
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-@pytest.mark.parametrize("device", DEVICES)
-def test_greedy_tokens_of_other_architectures_are_those_of_transformers(
-    device: str, architecture: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
-) -> None:
-    check_greedy(device, architecture, tp, checkpoints, ledger, count=ORACLE_ARCHITECTURE_PROMPTS)
-
-
-def check_greedy(
-    device: str,
-    variant: str,
-    tp: int,
-    checkpoints: dict[str, Path],
-    ledger: TieLedger,
-    *,
-    count: int = ORACLE_PROMPTS,
-) -> None:
-    reference = Reference(checkpoints[variant])
-    prompts = prompts_for(variant, seed=tp)[:count]
-    with LocalServer(checkpoints[variant], tp=tp, device=device, options=CHUNKED) as server:
-        batched = asyncio.run(all_at_once(server.target, prompts))
-        alone = one_by_one(server.target, prompts)
-    for index, prompt in enumerate(prompts):
-        what = f"{variant}, tp {tp}, prompt {index}"
-        assert len(batched[index]) == len(alone[index]) == ORACLE_TOKENS
-        reference.check_greedy(prompt, batched[index], ledger, what=f"{what}, in a batch")
-        reference.check_greedy(prompt, alone[index], ledger, what=f"{what}, alone, from the prefix cache")
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("device", DEVICES)
-def test_greedy_tokens_survive_preemption(
-    device: str, tp: int, checkpoints: dict[str, Path], ledger: TieLedger
-) -> None:
-    """A KV cache of 24 blocks of 16 tokens holds fewer than two of the longest sequences."""
-    reference = Reference(checkpoints["untied"])
-    prompts = prompts_for("untied", seed=100 + tp)
-    bytes_per_block = 16 * 2 * BASE["num_hidden_layers"] * (BASE["num_key_value_heads"] // tp) * BASE["head_dim"] * 4
-    options = [*OPTIONS, "--kv-cache-memory", str(24 * bytes_per_block), "--max-model-len", "256"]
-    with LocalServer(checkpoints["untied"], tp=tp, device=device, options=options) as server:
-        served = asyncio.run(all_at_once(server.target, prompts))
-        assert preemptions(server) > 0
-    for index, prompt in enumerate(prompts):
-        reference.check_greedy(prompt, served[index], ledger, what=f"preempted, tp {tp}, prompt {index}")
-
-
-def preemptions(server: LocalServer) -> float:
-    import urllib.request
-
+def metric(server: LocalServer, name: str) -> float:
     with urllib.request.urlopen(f"{server.http_url}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("tpmodel_preemptions_total"))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@pytest.mark.parametrize(("model", "tp"), CASES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_greedy_tokens_are_those_of_transformers(
+    device: str, model: str, tp: int, models: Models, ledger: TieLedger
+) -> None:
+    reference = models.reference(model)
+    vocabulary = MODELS[model].get("vocab_size", 512)
+    prompts = random_prompts(ORACLE_PROMPTS, shortest=3, longest=LONGEST, vocabulary=vocabulary, seed=tp)
+    checkpoint = models.checkpoint(model)
+    options = options_for(checkpoint, model, tp)
+    if device == "cuda":
+        options.append("--share-devices")
+    with LocalServer(checkpoint, tp=tp, device=device, options=options) as server:
+        batched = asyncio.run(all_at_once(server.target, prompts))
+        alone = one_by_one(server.target, prompts)
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        # The second time it begins in the prefix cache for sure.
+        assert one_by_one(server.target, [prompts[longest]] * 2) == [alone[longest]] * 2
+        assert metric(server, "tpmodel_preemptions_total") > 0
+        keeps_state = "linear_num_key_heads" in {**MODELS[model], **MODELS[model].get("text_config", {})}
+        assert (metric(server, "tpmodel_prefix_cache_hits_total") > 0) is not keeps_state
+    for index, prompt in enumerate(prompts):
+        what = f"{model}, tp {tp}, prompt {index}"
+        assert len(batched[index]) == len(alone[index]) == ORACLE_TOKENS
+        reference.check_greedy(prompt, batched[index], ledger, what=f"{what}, in a batch")
+        if alone[index] != batched[index]:
+            reference.check_greedy(prompt, alone[index], ledger, what=f"{what}, alone")

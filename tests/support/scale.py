@@ -8,10 +8,22 @@ FULL = os.environ.get("TPMODEL_TEST_SCALE") == "full"
 
 SOAK_REQUESTS = 2000 if FULL else 300
 WEIGHT_UPDATES = 100 if FULL else 20
-ORACLE_PROMPTS = 16
+ORACLE_PROMPTS = 16 if FULL else 10
 ORACLE_TOKENS = 64
-ORACLE_ARCHITECTURE_WORLDS = (1, 2, 4) if FULL else (2,)
-ORACLE_ARCHITECTURE_PROMPTS = 16 if FULL else 6
+ORACLE_WORLDS: dict[str, tuple[int, ...]] = {
+    "untied": (1, 2, 4),
+    "tied": (2,),
+    "kv_heads_fewer_than_ranks": (4,),
+    "odd_vocabulary": (4,),
+    "yarn_rope": (1,),
+    "wide_heads": (2,),
+    "qwen3_moe": (2,),
+    "whole_experts": (4,),
+    "qwen3_next": (4,),
+    "qwen3_5": (2,),
+    "qwen3_5_moe": (1,),
+}
+"""Worlds of each model through the whole server in CI; everything runs at 1, 2 and 4 ranks."""
 SCHEDULER_SEEDS = 3000 if FULL else 120
 SCHEDULER_EVENTS = 600 if FULL else 250
 SCHEDULER_MACHINES = 1500 if FULL else 60
