@@ -27,6 +27,8 @@ CUT_SECONDS = (6.0, 9.0)
 # Below it: a pause between two steps.
 DELAY_SECONDS = (0.05, 0.6)
 RECOVERY_SECONDS = 60.0
+# The step deadline grows with how long steps take, which is long on a busy machine; then keepalive is faster.
+DETECTION_SECONDS = 40.0
 # What a gang's budget of rebuilds allows, with those that fail while the link is cut.
 CUTS = 2
 
@@ -94,7 +96,7 @@ def test_streams_go_on_when_the_link_between_pods_was_cut_or_slow(
                 leader.eventually(
                     lambda: leader.gang_status().engine.phase == worker_pb2.PHASE_REBUILDING,
                     "the cut is found",
-                    STEP_DEADLINE + 10.0,
+                    DETECTION_SECONDS,
                 )
             mended = time.monotonic()
             wait_serving(leader, after=epoch)

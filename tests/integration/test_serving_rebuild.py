@@ -31,6 +31,7 @@ OPTIONS = [
     *("--recovery", "in-place", "--rebuild-limit", "50", "--step-deadline", str(STEP_DEADLINE)),
 ]
 NO_RETRIES = RetryPolicy(window=0)
+PATIENCE = RetryPolicy(window=60.0, first_delay=0.05, longest_delay=0.5)
 PROMPT = list(range(10, 40))
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True},
@@ -242,6 +243,65 @@ def test_tpmodel_rebuild_asks_for_a_new_world_with_the_same_processes(
     assert asked.stdout.startswith(f"serving at epoch {epoch + 1} after ")
     assert_same(streams.end(), undisturbed)
     assert pids(server) == before
+
+
+class Reader(threading.Thread):
+    """Reads one stream, which resumes where it breaks."""
+
+    def __init__(self, target: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.progress: list[tuple[int, int]] = []
+        """Tokens and characters so far, after each chunk."""
+        self.result: Result | None = None
+        self._target = target
+        self._options = options
+        self.start()
+
+    def run(self) -> None:
+        tokens = characters = 0
+        with Client(self._target, retry=PATIENCE) as client:
+            stream = client.generate(PROMPT, **self._options)
+            for chunk in stream:
+                tokens += len(chunk.token_ids)
+                characters += len(chunk.text)
+                self.progress.append((tokens, characters))
+            self.result = stream.result()
+
+    def whole(self) -> Result:
+        self.join(90)
+        assert self.result is not None
+        return self.result
+
+
+LONGEST_STOP = 256
+"""Characters."""
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "api 0"])
+def test_a_stop_string_that_straddles_a_rebuild_is_found(server: LocalServer, victim: str) -> None:
+    """DESIGN section 9: half of it was computed in one world, the other half in the next, or by another process."""
+    options = REQUESTS["seeded"]
+    undisturbed = Reader(server.target, options)
+    text = undisturbed.whole().texts[0]
+    begin = next(place for place in undisturbed.progress if place[0] >= options["max_tokens"] // 3)
+    stop = text[begin[1] : begin[1] + LONGEST_STOP]
+    assert text.find(stop) == begin[1]
+    end = next(tokens for tokens, characters in undisturbed.progress if characters >= begin[1] + len(stop))
+    for _ in range(10):
+        # Both go step by step in one batch, so the one without the stop string tells how far the other is.
+        beside, stopped = Reader(server.target, options), Reader(server.target, options | {"stop": [stop]})
+        pid = pids(server)[victim]
+        while beside.is_alive() and (not beside.progress or beside.progress[-1][0] < (begin[0] + end) // 2):
+            time.sleep(0.0005)
+        straddles = stopped.is_alive()
+        os.kill(pid, signal.SIGKILL)
+        assert beside.whole().texts == (text,)
+        result = stopped.whole()
+        assert result.texts == (text[: begin[1]],)
+        assert result.completion.samples[0].finish_reason == "stop"
+        if straddles:
+            return
+    raise AssertionError("the stream with the stop string has always ended before the kill")
 
 
 def arena_file(server: LocalServer, rank: int) -> Path:

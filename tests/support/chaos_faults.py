@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from support.chaos_server import ChaosServer, arenas_of
+from support.memory_group import MemoryGroup
 
 Breaks = Literal["nothing", "world", "server"]
 _FLIPPED_BYTES = 64
 _ORDER_SECONDS = 30.0
 _CATCH_SECONDS = 180.0
+_GROUP_BYTES = 48 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,15 @@ def _obeyed(what: str) -> Callable[[ChaosServer, random.Random], None]:
         server.eventually(lambda: not order.exists(), f"a step in which a rank obeys ({what})", _ORDER_SECONDS, 0.005)
 
     return inject
+
+
+def _kill_by_kernel(server: ChaosServer, rng: random.Random) -> None:
+    """A rank uses more memory than its control group may, and the kernel's OOM killer ends it."""
+    rank = _a_rank(server, rng)
+    with MemoryGroup(_GROUP_BYTES) as group:
+        group.add(server.pids()[f"rank {rank}"])
+        server.order(rank, "grow")
+        server.eventually(lambda: group.kills > 0, f"the kernel kills rank {rank}", _ORDER_SECONDS, 0.005)
 
 
 def _corrupt_arena(server: ChaosServer, rng: random.Random) -> None:
@@ -127,6 +138,7 @@ KILL_SPARE = Fault("SIGKILL of the spare", lambda server, _: _kill(server, "spar
 STOP_RANK = Fault("SIGSTOP of a rank", _stop_rank)
 RAISE = Fault("exception in a step", _obeyed("raise"))
 OUT_OF_MEMORY = Fault("out of memory in a step", _obeyed("memory"))
+KILLED_BY_KERNEL = Fault("killed by the kernel's OOM killer", _kill_by_kernel)
 CRASH = Fault("SIGSEGV in a step", _obeyed("crash"))
 CORRUPT = Fault("corrupted weights arena", _corrupt_arena)
 KILL_IN_REBUILD = Fault("SIGKILL of a rank in a rebuild", _kill_in_a_rebuild)
@@ -135,14 +147,15 @@ KILL_IN_INIT = Fault("SIGKILL of a rank while the world forms", _kill_in("formin
 KILL_IN_LOAD = Fault("SIGKILL of a rank while it loads", _kill_in("loading"), "server")
 
 _WEIGHTED = (
-    *[KILL_RANK] * 4,
+    *[KILL_RANK] * 3,
     *[KILL_ENGINE] * 2,
-    *[KILL_API] * 2,
-    *[RAISE] * 2,
     *[KILL_IN_REBUILD] * 2,
+    KILL_API,
+    RAISE,
     KILL_ALL_RANKS,
     STOP_RANK,
     OUT_OF_MEMORY,
+    KILLED_BY_KERNEL,
     CRASH,
     CORRUPT,
     KILL_SERVER,

@@ -1,7 +1,8 @@
 """Real ranks that also do harm to themselves, on order: what a step may run into, as real as it can be had.
 
 An order is a file `order-RANK` in $CHAOS; the rank takes it at its next step:
-raise (an exception on this rank only), memory (an allocation beyond a limit of its address space), crash (SIGSEGV).
+raise (an exception on this rank only), memory (an allocation beyond a limit of its address space), crash (SIGSEGV),
+grow (memory that is used, more than there is: for a rank in a control group).
 
 Where the file `poison` has a token id, every rank but rank 0 crashes, each time, at a plan that admits a sequence with
 that token.
@@ -26,6 +27,7 @@ from tpmodel_worker.settings import ServeSettings
 FOLDER = "CHAOS"
 _ROOM_BYTES = 64 << 20
 _MUCH_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 20
 
 
 def order_file(folder: Path, rank: int) -> Path:
@@ -88,4 +90,14 @@ def _crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-_ORDERS: dict[str, Callable[[], None]] = {"raise": _raise, "memory": _run_out_of_memory, "crash": _crash}
+def _grow() -> None:
+    held = [torch.ones(_PIECE_BYTES, dtype=torch.uint8) for _ in range(_MUCH_BYTES // _PIECE_BYTES)]
+    raise RuntimeError(f"nobody minds {len(held)} pieces of memory")
+
+
+_ORDERS: dict[str, Callable[[], None]] = {
+    "raise": _raise,
+    "memory": _run_out_of_memory,
+    "crash": _crash,
+    "grow": _grow,
+}

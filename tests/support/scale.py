@@ -32,9 +32,10 @@ OPERATOR_SINGLE_FAULTS = 3000 if FULL else 100
 OPERATOR_ROLLOUTS = 1000 if FULL else 40
 OPERATOR_SCALE_MODELS = 1000 if FULL else 50
 OPERATOR_SCALE_FOREIGN_PODS = 10_000 if FULL else 500
-CHAOS_WORLDS = (2, 4) if FULL else (2,)
+CHAOS_RUNS = [(respawn, tp) for respawn in ("fork", "spare") for tp in (2, 4)] if FULL else [("fork", 2), ("spare", 4)]
+"""How ranks are replaced, and how many there are."""
 CHAOS_FAULTS = 50 if FULL else 20
-"""For each world and seed, of which there are two."""
+"""For each run."""
 CHAOS_GANGS = 5 if FULL else 1
 """Of two pods, whose link is cut."""
 E2E_REQUESTS = 200
