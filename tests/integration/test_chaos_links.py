@@ -1,9 +1,10 @@
-"""A gang of two pods whose link fails under load. Each pod has a network namespace of its own, so this needs root."""
+"""A gang of two pods whose link fails or is slow, under load. Pods have network namespaces, so this needs root."""
 
 from __future__ import annotations
 
 import os
 import random
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from support.chaos_load import Load, make_requests
 from support.gang_pods import Gang, GangPod, running_gang
 from support.pod_links import PodLinks
-from support.scale import CHAOS_GANGS
+from support.scale import CHAOS_CUTS, CHAOS_GANGS
 from tpmodel.v1 import worker_pb2
 
 FIXED_SEED = 20261130
@@ -29,14 +30,16 @@ DELAY_SECONDS = (0.05, 0.6)
 RECOVERY_SECONDS = 60.0
 # The step deadline grows with how long steps take, which is long on a busy machine; then keepalive is faster.
 DETECTION_SECONDS = 40.0
-# What a gang's budget of rebuilds allows, with those that fail while the link is cut.
-CUTS = 2
+# One way. Several collectives make a step: with the first it stays well below the step deadline, with the second a
+# single one does not.
+SLOW_SECONDS = 0.005
+HANGING_SECONDS = 8.0
 
 
 @pytest.fixture
 def links() -> Iterator[PodLinks]:
     assert os.geteuid() == 0, "network namespaces are made by root: run this test as root"
-    links = PodLinks(2)
+    links = PodLinks(2, slow=[1])
     yield links
     links.close()
 
@@ -85,7 +88,7 @@ def test_streams_go_on_when_the_link_between_pods_was_cut_or_slow(
         load.start()
         flow(leader, load)
         survivor = leader.pid_of("rank 0")
-        for number in range(CUTS):
+        for number in range(CHAOS_CUTS):
             epoch = epoch_of(leader)
             with links.interrupted(1, rng.uniform(*DELAY_SECONDS)):
                 pass
@@ -105,6 +108,52 @@ def test_streams_go_on_when_the_link_between_pods_was_cut_or_slow(
         load.pause()
         load.check()
         assert leader.pid_of("rank 0") == survivor
+        assert not worker.ended
+    finally:
+        load.stop()
+
+
+def connecting_takes(pod: GangPod) -> float:
+    """Seconds from here to the pod and back."""
+    begun = time.monotonic()
+    with socket.create_connection((pod.ip, 9002), timeout=30):
+        return time.monotonic() - begun
+
+
+@pytest.mark.timeout(600)
+def test_a_slow_link_only_costs_time_until_steps_take_longer_than_they_may(gang: Gang, links: PodLinks) -> None:
+    """W19, W26, P17: a delay is no fault; one that no step survives is a hang, and is handled as one."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"\nslow link: seed {seed}", flush=True)
+    leader, worker = (gang.start(index, ip=links.address(index), prefix=links.prefix(index)) for index in range(2))
+    leader.wait_ready()
+    worker.wait_ready()
+    load = Load(leader.target, make_requests(seed, 3, vocabulary=256, tokens=24), lanes=2, seed=seed)
+    try:
+        load.learn()
+        load.start()
+        flow(leader, load)
+        epoch, survivor = epoch_of(leader), leader.pid_of("rank 0")
+        with links.delayed(1, HANGING_SECONDS):
+            leader.eventually(
+                lambda: leader.gang_status().engine.phase == worker_pb2.PHASE_REBUILDING,
+                "the hang is found",
+                DETECTION_SECONDS,
+            )
+        wait_serving(leader, after=epoch)
+        flow(leader, load)
+        assert leader.pid_of("rank 0") == survivor
+        load.pause()
+        load.check()
+
+        epoch = epoch_of(leader)
+        with links.delayed(1, SLOW_SECONDS):
+            assert connecting_takes(worker) >= 2 * SLOW_SECONDS
+            load.start()
+            flow(leader, load)
+            load.pause()
+        load.check()
+        assert epoch_of(leader) == epoch
         assert not worker.ended
     finally:
         load.stop()

@@ -38,5 +38,7 @@ CHAOS_FAULTS = 50 if FULL else 20
 """For each run."""
 CHAOS_GANGS = 5 if FULL else 1
 """Of two pods, whose link is cut."""
+CHAOS_CUTS = 2 if FULL else 1
+"""For each gang: what its budget of rebuilds allows, with those that fail while the link is cut."""
 E2E_REQUESTS = 200
 E2E_STREAM_SECONDS = 30.0
