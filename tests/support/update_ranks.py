@@ -23,9 +23,11 @@ from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.loading.checkpoint_files import list_checkpoint_files
-from tpmodel_worker.loading.load import LoadedModel, load_model
+from tpmodel_worker.loading.load import LoadedModel, PersistedShard, load_model
+from tpmodel_worker.loading.persisted import ShardFiles
 from tpmodel_worker.models.config import read_model_config
 from tpmodel_worker.rank.errors import RequestError
+from tpmodel_worker.weights.persister import Persister
 from tpmodel_worker.weights.updates import WeightUpdates
 
 CPU = torch.device("cpu")
@@ -37,12 +39,20 @@ Weights = Mapping[str, torch.Tensor]
 class Rank:
     """One rank: its shard, its arenas, its updates. May be made again over the same arenas."""
 
-    def __init__(self, checkpoint: Path, arenas: ArenaClient, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        arenas: ArenaClient,
+        rank: int,
+        world_size: int,
+        persisted: PersistedShard | None = None,
+    ) -> None:
         self.rank = rank
         self.checkpoint = checkpoint
         self.status = pb.WeightUpdateStatus()
+        self.persisted = pb.PersistStatus()
         with torch.inference_mode():
-            self.loaded: LoadedModel | None = self._load(arenas, rank, world_size)
+            self.loaded: LoadedModel | None = self._load(arenas, rank, world_size, persisted)
         self.updates = WeightUpdates(
             rank=rank,
             device=CPU,
@@ -51,9 +61,10 @@ class Rank:
             token=TOKEN,
             address=HOST,
             report=lambda status: setattr(self, "status", status),
+            persister=Persister(rank, lambda status: setattr(self, "persisted", status)),
         )
 
-    def _load(self, arenas: ArenaClient, rank: int, world_size: int) -> LoadedModel:
+    def _load(self, arenas: ArenaClient, rank: int, world_size: int, persisted: PersistedShard | None) -> LoadedModel:
         return load_model(
             read_model_config(self.checkpoint, world_size=world_size),
             rank=rank,
@@ -67,6 +78,7 @@ class Rank:
             arenas=arenas,
             model_id="m",
             progress=lambda what, done, total: None,
+            persisted=persisted,
         )
 
     def replace_weights(self, *, arena: Arena, digest: int, version: int | None) -> None:
@@ -110,6 +122,10 @@ class World:
         if not path.exists():
             make_checkpoint(path, seed=1, **checkpoint)
         return [Rank(path, self.arenas, rank, world_size) for rank in range(world_size)]
+
+    def rank(self, *, persisted: ShardFiles, version: int) -> Rank:
+        """The only rank of its world, out of a file."""
+        return Rank(self.folder / "checkpoint", self.arenas, 0, 1, PersistedShard(persisted, version))
 
     def loaded_elsewhere(self, weights: Weights, world_size: int) -> list[dict[str, torch.Tensor]]:
         """What ranks have that load these weights from a checkpoint."""

@@ -105,18 +105,28 @@ class StubContext:
 @contextlib.contextmanager
 def serve(folder: Path, tp: int, *further: str, checkpoint: Path | None = None) -> Iterator[Served]:
     """further: options of `tpmodel serve`. The folder may have been served from before."""
-    if checkpoint is None:
-        checkpoint = folder / "checkpoint"
-        if not checkpoint.exists():
-            make_checkpoint(checkpoint, seed=tp)
+    checkpoint = checkpoint or prepare_checkpoint(folder, tp)
+    with prepare(folder, tp, *further, checkpoint=checkpoint) as server:
+        yield Served(server, TrainedModel(checkpoint), checkpoint, ranks=tp)
+
+
+def prepare_checkpoint(folder: Path, tp: int) -> Path:
+    """The folder's checkpoint, made once."""
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        make_checkpoint(checkpoint, seed=tp)
+    return checkpoint
+
+
+def prepare(folder: Path, tp: int, *further: str, checkpoint: Path) -> LocalServer:
+    """The server, not started yet."""
     token_file = folder / "token"
     token_file.write_text(f"{TOKEN}\n")
     options = ["--dtype", "float32", "--kv-cache-memory", "8M", "--log-format", "text"]
     options += ["--token-file", str(token_file), *further]
     # Threads of torch's own that wait for each other are slow where processors are few.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(environment)) as server:
-        yield Served(server, TrainedModel(checkpoint), checkpoint, ranks=tp)
+    return LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(environment))
 
 
 class Stream:

@@ -67,6 +67,9 @@ class ServeSettings:
     token: str = ""
     """The gang's secret; the supervisor draws one where it was given none."""
 
+    persist_updates: str = ""
+    """Folder that outlives the pods, where committed weights are kept; empty: nowhere."""
+
     # Scheduling.
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

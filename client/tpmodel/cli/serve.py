@@ -83,6 +83,8 @@ class ByteSize(click.ParamType):
               help="Control port of a gang, with the same token, whose requests may go on here.")  # fmt: skip
 @click.option("--kv-transfer-deadline", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
               help="Seconds that one piece of a request's KV cache may take from gang to gang.")  # fmt: skip
+@click.option("--persist-updates", type=click.Path(file_okay=False), default=None,
+              help="Folder in which weights that a trainer has sent are kept for the next start.")  # fmt: skip
 @click.option("--drain-timeout", type=float, default=120.0, show_default=True, help="Seconds for streams to finish.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True)
 @click.option("--runtime-dir", type=click.Path(exists=True, file_okay=False), default=None,
@@ -154,6 +156,7 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         kv_sources=options["kv_from"],
         kv_transfer_deadline=options["kv_transfer_deadline"],
         token=Path(options["token_file"]).read_text().strip() if options["token_file"] else "",
+        persist_updates=os.path.abspath(options["persist_updates"]) if options["persist_updates"] else "",  # noqa: PTH100
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],
         runtime_dir=os.path.abspath(options["runtime_dir"]) if options["runtime_dir"] else "",  # noqa: PTH100

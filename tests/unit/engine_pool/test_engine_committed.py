@@ -28,8 +28,19 @@ def test_the_highest_counts(tmp_path: Path, said: str, noted: int, version: int)
     assert committed.read() == version
 
 
+def test_what_another_gang_has_committed_counts_only_for_one_without_memory(tmp_path: Path) -> None:
+    """A folder for updates may be shared: a gang that serves an older version goes on doing so."""
+    shared = tmp_path / "shared" / "committed"
+    one, other = CommittedVersion("", [tmp_path / "one"]), CommittedVersion("", [tmp_path / "other"])
+    for committed, version in ((one, 1), (other, 2)):
+        committed.share(shared)
+        committed.note(version)
+    assert (one.read(), one.read(shared=True)) == (1, 2)
+
+
 def test_one_file_that_cannot_be_written_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
-    committed = CommittedVersion("", [tmp_path / "none" / "file", tmp_path / "own"])
-    with pytest.raises(OSError, match="none"):
+    (tmp_path / "file").touch()
+    committed = CommittedVersion("", [tmp_path / "file" / "inside", tmp_path / "own"])
+    with pytest.raises(OSError, match="file"):
         committed.note(2)
     assert committed.read() == 2

@@ -25,6 +25,7 @@ from tpmodel_worker.engine.errors import (
 )
 from tpmodel_worker.engine.exchange import Patience
 from tpmodel_worker.engine.members import Membership
+from tpmodel_worker.engine.persisted import COMMITTED, load_shards, persist_folder
 from tpmodel_worker.engine.plans import PlanTimes
 from tpmodel_worker.engine.pool import Pool, PoolTimeouts
 from tpmodel_worker.engine.session import RankChannel, RankEndpoint
@@ -219,10 +220,15 @@ class WorldBuilder:
         if not before:
             self._status.set_phase(worker_pb2.PHASE_LOADING)
         self._status.set_rank_states("loading")
-        requests = [self._load_request(checkpoint)] * pool.world_size
+        request = self._load_request(checkpoint)
         patience = Patience(self._settings.progress_deadline, progress_counts=True)
+        progress = LoadProgress(self._status, pool.world_size)
         try:
-            replies = await pool.control(requests, patience, on_progress=LoadProgress(self._status, pool.world_size))
+            if request.persist_folder:
+                self._committed.share(Path(request.persist_folder) / COMMITTED)
+                replies = await load_shards(pool, request, patience, on_progress=progress, first=not before)
+            else:
+                replies = await pool.control([request] * pool.world_size, patience, on_progress=progress)
         except PoolError as error:
             if pool.error is None and not before:
                 await _drop_shards(pool)
@@ -242,7 +248,7 @@ class WorldBuilder:
             )
         self._status.set_loaded_versions(
             [shard.weight_version if shard.HasField("weight_version") else None for shard in loaded],
-            await asyncio.to_thread(self._committed.read),
+            await asyncio.to_thread(self._committed.read, shared=not any(shard.mapped for shard in loaded)),
         )
         num_blocks = min(shard.kv_blocks_available for shard in loaded)
         if before:
@@ -284,6 +290,7 @@ class WorldBuilder:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             block_size=settings.block_size,
             kv_cache_bytes=settings.kv_cache_bytes,
+            persist_folder=persist_folder(settings, checkpoint),
             expert_parallel=settings.expert_parallel,
         )
 

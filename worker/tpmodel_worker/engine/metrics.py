@@ -29,6 +29,14 @@ class EngineMetrics:
         self.requests_waiting = gauge("tpmodel_requests_waiting", "Requests that wait for a slot.")
         self.kv_cache_usage = gauge("tpmodel_kv_cache_usage_ratio", "Share of KV blocks that sequences hold.")
         self.epoch = gauge("tpmodel_epoch", "Number of the present world.")
+        self.persisted_version = gauge(
+            "tpmodel_persisted_weight_version", "Newest version of the weights that all ranks have in files."
+        )
+        self.persist_failures = Counter(
+            "tpmodel_weight_persist_failures",
+            "Versions of the weights that could not be kept in files.",
+            registry=registry,
+        )
         self.prefix_queries = Counter(
             "tpmodel_prefix_cache_queries", "Tokens looked up in the prefix cache.", registry=registry
         )

@@ -25,6 +25,7 @@ from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.members import Members
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.parting import Partings
+from tpmodel_worker.engine.persisted import PersistWatch
 from tpmodel_worker.engine.pool import PoolTimeouts
 from tpmodel_worker.engine.report import SupervisorLink
 from tpmodel_worker.engine.requests import UNAVAILABLE, InvalidRequestError, RefusedError, Request
@@ -62,6 +63,7 @@ class Engine:
         self._supervisors = Supervisors(
             settings.token, settings.attempt, on_exit=self._rank_exited, on_failure=logger.warning
         )
+        metrics = EngineMetrics()
         committed = CommittedVersion(settings.gang_dir, [settings.weights_version_file])
         self.world = World(
             settings,
@@ -77,11 +79,16 @@ class Engine:
             wake=self._wake,
             sink=self._front.deliver,
             status=self.status,
-            metrics=EngineMetrics(),
+            metrics=metrics,
         )
         self._generations = Generations(self.world.newer_generation)
         self._watch_task: asyncio.Task[None] | None = None
-        self.weights = WeightUpdates(self.world, self.status, committed)
+        self.weights = WeightUpdates(
+            self.world,
+            self.status,
+            committed,
+            PersistWatch(self.status, metrics) if settings.persist_updates else None,
+        )
         self._kv_sending = KvSending(self.world, self.status, deadline_seconds=settings.kv_transfer_deadline)
         self._kv_fetching = KvFetching(self.world, token=settings.token, deadline_seconds=settings.kv_transfer_deadline)
         self.world.on_serving = self._world_serves

@@ -137,6 +137,13 @@ class EngineStatus:
         self.newest_version = max(self.newest_version, version)
         self._tell()
 
+    def set_persisted(self, version: int | None, error: str) -> None:
+        """What every rank has in its file (None: as before), and why that is not the version being served."""
+        if version is not None:
+            self._state.persisted_version = version
+        self._state.persist_error = error[:_MAX_CAUSE]
+        self._tell()
+
     @property
     def weights_condition(self) -> str:
         """What keeps the weights from being served; empty: nothing."""

@@ -19,6 +19,7 @@ from tpmodel.v1 import weights_pb2, worker_pb2
 from tpmodel_worker.engine.committed import CommittedVersion
 from tpmodel_worker.engine.errors import PoolError
 from tpmodel_worker.engine.loop import ServingLoop
+from tpmodel_worker.engine.persisted import PersistWatch
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.served_world import ServedWorld
 from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, EngineStatus
@@ -50,11 +51,14 @@ class Stage(enum.Enum):
 class WeightUpdates:
     """One update at a time; calls are taken one by one, in their order."""
 
-    def __init__(self, world: ServedWorld, status: EngineStatus, committed: CommittedVersion) -> None:
-        """committed: where the version is kept beside the ranks' memory."""
+    def __init__(
+        self, world: ServedWorld, status: EngineStatus, committed: CommittedVersion, persisted: PersistWatch | None
+    ) -> None:
+        """committed: where the version is kept beside the ranks' memory; persisted: None: weights are not."""
         self._world = world
         self._status = status
         self._committed = committed
+        self._persisted = persisted
         self._background = Background()
         self._ranks = UpdateRanks(world, self._background)
         self._pause = Pause(world, status)
@@ -97,6 +101,7 @@ class WeightUpdates:
             loop.adopt_weights(self._status.state.weight_version)
         loop.scheduler.open_admission()
         loop.release_plans()
+        self._watch_persisting()
 
     # -------------------------------------------------------------------------------------- calls
 
@@ -257,8 +262,27 @@ class WeightUpdates:
                     self._status.set_weight_version(version)
                     self._status.set_weights_condition("")
             self._pause.end(loop)
-            await self._note(version)
             logger.info("weights of version %d are served", version, extra={"epoch": self._ranks.pool.epoch})
+            await self._note(version)
+        self._watch_persisting()
+
+    def _watch_persisting(self) -> None:
+        """Older versions go when every rank has written the one being served."""
+        pool, version = self._world.pool, self._status.state.weight_version
+        if self._persisted is not None and pool is not None and version:
+            self._background.start(self._prune_when_written(self._persisted, pool, version))
+
+    async def _prune_when_written(self, persisted: PersistWatch, pool: Pool, version: int) -> None:
+        if not await persisted.written(pool, version):
+            return
+        prune = worker_pb2.WeightUpdateRequest(prune_persisted=worker_pb2.PrunePersisted(keep=version))
+        async with self._lock:
+            if pool is not self._world.pool or self._world.loop is None:
+                return
+            try:
+                await self._ranks.control(lambda _rank: prune, pool)
+            except UpdateError as error:
+                logger.warning("older weights were not removed: %s", error)
 
     async def _note(self, version: int) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.checkpoint_files import read_checkpoint
 from tpmodel_worker.loading.digest import digest_bytes, unsigned
 from tpmodel_worker.loading.dummy import fill_dummy
+from tpmodel_worker.loading.persisted import PersistedWeightsError, ShardFiles
 from tpmodel_worker.loading.plan import ArenaPlan, bind_parameters, plan_weights, target_view
 from tpmodel_worker.loading.safetensors_reader import check_tensors, copy_tensors
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
@@ -28,6 +30,15 @@ from tpmodel_worker.models.registry import build_model
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on ("weights" or "digest"), bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class PersistedShard:
+    """Weights that an update has left in a file."""
+
+    files: ShardFiles
+    version: int
+
 
 LoadFormat = Literal["safetensors", "dummy"]
 
@@ -66,6 +77,7 @@ def load_model(
     arenas: ArenaKeeper,
     model_id: str,
     progress: Progress,
+    persisted: PersistedShard | None = None,
 ) -> LoadedModel:
     """Maps this rank's weights where the supervisor still holds them whole, else makes them.
 
@@ -82,8 +94,10 @@ def load_model(
         arenas: the supervisor's side.
         model_id: what the checkpoint is known by; weights of another one are never mapped.
         progress: hears of bytes done.
+        persisted: committed weights that take the checkpoint's place.
 
     Raises:
+        PersistedWeightsError: those are not whole, or not this model's; nothing stays at the supervisor.
         CheckpointError: a file or tensor is not what the config asks for; nothing stays at the supervisor.
         ArenaError: the memory cannot be had, or the supervisor is gone.
         ValueError: the communicator is not this rank's, or an unknown load_format.
@@ -105,9 +119,10 @@ def load_model(
         model_id=model_id if load_format == "safetensors" else f"{model_id} (dummy weights, seed {dummy_seed})",
     )
     mapped = _map_held(arenas, wanted, plan, device, progress)
-    version: int | None = 0
+    held_version: int | None = 0
+    version = 0
     if mapped is not None:
-        arena, digests, version = mapped
+        arena, digests, held_version = mapped
         bytes_read = 0
     else:
         with contextlib.ExitStack() as undo:
@@ -117,16 +132,21 @@ def load_model(
                 arena.bytes.zero_()  # padding rows have to be zero, as new host memory is
             arenas.store(arena, wanted)
             undo.callback(arenas.release, arena_id)
-            if load_format == "safetensors":
-                entries = read_checkpoint(paths)
-                plan = plan_weights(model, entries)
-                check_tensors(plan, entries)
-                bytes_read = copy_tensors(plan, entries, arena, lambda done, total: progress("weights", done, total))
+            if persisted is not None:
+                digests = _read_persisted(persisted, wanted, plan, arena, progress)
+                version, bytes_read = persisted.version, plan.size
             else:
-                _fill_with_dummies(plan, arena, dummy_seed, progress)
-                bytes_read = 0
-            digests = digest_tensors(plan, arena, progress)
-            arenas.update_manifest(completed_manifest(wanted, arena, digests))
+                if load_format == "safetensors":
+                    entries = read_checkpoint(paths)
+                    plan = plan_weights(model, entries)
+                    check_tensors(plan, entries)
+                    report = functools.partial(progress, "weights")
+                    bytes_read = copy_tensors(plan, entries, arena, report)
+                else:
+                    _fill_with_dummies(plan, arena, dummy_seed, progress)
+                    bytes_read = 0
+                digests = digest_tensors(plan, arena, progress)
+            arenas.update_manifest(completed_manifest(wanted, arena, digests, version=version))
             undo.pop_all()
     bind_parameters(model, plan, arena)
     return LoadedModel(
@@ -136,7 +156,7 @@ def load_model(
         bytes_read=bytes_read,
         digest=sum(digests.values()) % (1 << 64),
         mapped=mapped is not None,
-        weight_version=version,
+        weight_version=held_version if mapped is not None else version,
     )
 
 
@@ -179,6 +199,28 @@ def _map_held(
     arena.close()
     arenas.release(arena_id)
     return None
+
+
+def _read_persisted(
+    persisted: PersistedShard,
+    wanted: worker_pb2.ArenaManifest,
+    plan: ArenaPlan,
+    arena: Arena,
+    progress: Progress,
+) -> dict[str, int]:
+    """Fills the arena out of the file, and checks what has come; the digests."""
+    manifest = persisted.files.describe(persisted.version)
+    what = f"version {persisted.version} in {persisted.files.folder}"
+    reason = _difference(wanted, manifest, plan)
+    if reason is not None:
+        raise PersistedWeightsError(f"{what}: {reason}")
+    persisted.files.read(persisted.version, arena.bytes[: plan.size], functools.partial(progress, "weights"))
+    digests = digest_tensors(plan, arena, progress)
+    recorded = {entry.name: entry.digest for entry in manifest.digests}
+    changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
+    if changed:
+        raise PersistedWeightsError(f"{what}: tensor {changed[0]} is not what was written")
+    return digests
 
 
 def _difference(wanted: worker_pb2.ArenaManifest, manifest: worker_pb2.ArenaManifest, plan: ArenaPlan) -> str | None:

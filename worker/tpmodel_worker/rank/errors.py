@@ -10,6 +10,7 @@ from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.errors import ArenaMemoryError
 from tpmodel_worker.comm.communicator import CollectiveArgumentError, CommunicatorAbortedError, CommunicatorError
 from tpmodel_worker.loading.errors import CheckpointError
+from tpmodel_worker.loading.persisted import PersistedWeightsError
 from tpmodel_worker.models.config import ConfigError
 from tpmodel_worker.rank.session import EpochEndedError
 
@@ -25,6 +26,7 @@ _KINDS: tuple[tuple[type[BaseException], pb.ErrorKind.ValueType], ...] = (
     (CollectiveArgumentError, pb.ERROR_KIND_INVALID_ARGUMENT),
     (ConfigError, pb.ERROR_KIND_UNSUPPORTED_MODEL),
     (CheckpointError, pb.ERROR_KIND_BAD_CHECKPOINT),
+    (PersistedWeightsError, pb.ERROR_KIND_BAD_PERSISTED_WEIGHTS),
     # A CUDA error: no call in this process will succeed any more.
     (torch.AcceleratorError, pb.ERROR_KIND_DEVICE_POISONED),
     (TimeoutError, pb.ERROR_KIND_DEADLINE),

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,8 @@ from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.kv.layout import KvLayout, StateLayout
 from tpmodel_worker.kv.transfer import RequestCache
-from tpmodel_worker.loading.load import LoadedModel, LoadFormat, Progress, load_model
+from tpmodel_worker.loading.load import LoadedModel, LoadFormat, PersistedShard, Progress, load_model
+from tpmodel_worker.loading.persisted import ShardFiles
 from tpmodel_worker.models.config import ModelConfig, parse_model_config
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.rank.kv_cache import (
@@ -129,7 +131,8 @@ class ShardHolder:
         Raises:
             RequestError: an argument is not supported, or no KV cache fits beside the model.
             ConfigError: the model is not supported.
-            CheckpointError, ArenaError, CommunicatorError: loading failed; nothing is loaded then.
+            CheckpointError, PersistedWeightsError, ArenaError, CommunicatorError: loading failed; nothing is loaded
+                then.
         """
         started = time.perf_counter()
         config, dtype_name = _parse(request, communicator.world_size)
@@ -165,6 +168,7 @@ class ShardHolder:
                 arenas=self._arenas,
                 model_id=request.model_id,
                 progress=progress,
+                persisted=_persisted(request, self._rank),
             )
         shard = self._shard = self._describe(request, config, identity, loaded, ranks_on_host)
         if kept is not None and self._cache is not None and kept.demand == shard.demand:
@@ -331,6 +335,12 @@ def _kv_layout(shard: _Shard) -> KvLayout:
         ranks=shard.identity.world_size,
         state=state,
     )
+
+
+def _persisted(request: pb.LoadDenseShardRequest, rank: int) -> PersistedShard | None:
+    if not request.persisted_version:
+        return None
+    return PersistedShard(ShardFiles(Path(request.persist_folder), rank), request.persisted_version)
 
 
 def _parse(request: pb.LoadDenseShardRequest, world_size: int) -> tuple[ModelConfig, str]:

@@ -37,6 +37,11 @@ class StatusBoard:
         with self._lock:
             self._status.weight_update.CopyFrom(state)
 
+    def persist(self, state: pb.PersistStatus) -> None:
+        """Sets which weights are kept in a file."""
+        with self._lock:
+            self._status.persist.CopyFrom(state)
+
     def busy(self, what: str, seconds: float) -> None:
         """Announces a compilation or capture that may last so long."""
         with self._lock:

@@ -21,6 +21,7 @@ from tpmodel_worker.kv.handover import Handovers
 from tpmodel_worker.kv.layout import KvLayout
 from tpmodel_worker.kv.plan import plan_transfer
 from tpmodel_worker.loading.errors import CheckpointError
+from tpmodel_worker.loading.persisted import PersistedWeightsError
 from tpmodel_worker.models.config import ConfigError
 from tpmodel_worker.rank.errors import RequestError, describe
 from tpmodel_worker.rank.replies import ReplyThread, Send
@@ -28,6 +29,7 @@ from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.rank.session import EpochEndedError, EpochGate
 from tpmodel_worker.rank.shard import ShardHolder
 from tpmodel_worker.rank.status import StatusBoard
+from tpmodel_worker.weights.persister import Persister
 from tpmodel_worker.weights.updates import WeightUpdates
 
 _logger = logging.getLogger(__name__)
@@ -38,7 +40,15 @@ _INSTANCE_GRACE_SECONDS = 2.0
 _INSTANCE_POLL_SECONDS = 0.05
 _PROGRESS_SECONDS = 0.1
 # Failures whose message says it all: no traceback is logged.
-_EXPECTED = (RequestError, EpochEndedError, CommunicatorError, ConfigError, CheckpointError, ArenaError)
+_EXPECTED = (
+    RequestError,
+    EpochEndedError,
+    CommunicatorError,
+    ConfigError,
+    CheckpointError,
+    PersistedWeightsError,
+    ArenaError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,7 @@ class Worker:
             token=token,
             address=address,
             report=status.weight_update,
+            persister=Persister(rank, status.persist),
         )
         self._device_id = _device_id(device)
         self.handovers = Handovers(rank=rank, device=device, device_id=self._device_id, address=address, token=token)
@@ -279,6 +290,7 @@ class Worker:
         finally:
             self._show_model()
         ok.device_id = self._device_id
+        self._updates.keep(request.load_dense_shard.persist_folder)
         return pb.SessionResponse(load_dense_shard_ok=ok)
 
     def _clear(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
@@ -327,7 +339,7 @@ class Worker:
 
     def _unload(self, epoch: _Epoch, _request: pb.SessionRequest) -> pb.SessionResponse:
         epoch.runner = None
-        self._updates.leave("the model is unloaded")
+        self._updates.unload()
         self._leave_handovers("the model is unloaded")
         freed = self._shard.unload()
         self._show_model()

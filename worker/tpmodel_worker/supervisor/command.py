@@ -58,6 +58,8 @@ _FLAGS = {
 @click.option("--progress-deadline", type=_SECONDS, default=600.0, help="Seconds that nothing may go on.")
 @click.option("--init-timeout", type=_SECONDS, default=60.0, help="Seconds for the ranks to join.")
 @click.option("--cache-dir", default="", show_default=False, help="Folder to download into; other pods may share it.")
+@click.option("--persist-updates", default="", show_default=False,
+              help="Folder that outlives the pods, for weights that a trainer has sent.")  # fmt: skip
 @click.option("--attempt-file", type=click.Path(), default=None, help="Holds the gang's attempt.")
 @click.option("--token-file", type=click.Path(), default=None, help="Holds the gang's secret token.")
 @click.option("--api-key-file", type=click.Path(), default=None, help="Holds the key that clients must send.")
@@ -150,6 +152,7 @@ def read_settings(options: dict[str, Any]) -> ServeSettings:
         load_format=options["load_format"],
         max_model_len=options["max_model_len"],
         cache_dir=options["cache_dir"],
+        persist_updates=options["persist_updates"],
         world_size=options["tensor_parallel_size"],
         ranks_per_pod=options["ranks_per_pod"] or options["tensor_parallel_size"],
         pod_index=options["pod_index"],

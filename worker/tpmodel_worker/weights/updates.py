@@ -30,6 +30,7 @@ from tpmodel_worker.weights.broadcast import Broadcaster, Progress
 from tpmodel_worker.weights.indexed import RETRY_SECONDS, IndexedReceiver, TrainerStoppedError
 from tpmodel_worker.weights.membership import Membership, out_of_order
 from tpmodel_worker.weights.packing import TensorInfo, read_update
+from tpmodel_worker.weights.persister import Persister
 from tpmodel_worker.weights.target import WeightTarget, check_tensors, describe_parameters, missing_tensors
 
 _Receiving = Callable[[Callable[[str, torch.Tensor], None], Progress], None]
@@ -82,13 +83,18 @@ class WeightUpdates:
         token: str,
         address: str,
         report: Report,
+        persister: Persister,
     ) -> None:
-        """token: the gang's; address: IP of this pod, or ""; report: shows a background task's state."""
+        """token: the gang's; address: IP of this pod, or ""; report: shows a background task's state.
+
+        persister: keeps what is committed in files.
+        """
         self._rank = rank
         self._device = device
         self._arenas = arenas
         self._shard = shard
         self._member = Membership(device=device, token=token, address=address, report=report)
+        self._persister = persister
         self._awaited: _Awaited | None = None
         self._update: _Update | None = None
 
@@ -105,8 +111,11 @@ class WeightUpdates:
             RequestError: the step is not due, or what it says does not fit the model.
             ArenaError: there is no memory for a second arena (both numbers are named), or the supervisor refused.
         """
-        loaded = self._loaded()
         ok = pb.WeightUpdateOk()
+        if request.HasField("find_persisted"):
+            self._find_persisted(request.find_persisted.folder, ok)
+            return ok
+        loaded = self._loaded()
         match request.WhichOneof("step"):
             case "describe":
                 ok.parameters.extend(describe_parameters(plan_weights(loaded.model)))
@@ -124,14 +133,28 @@ class WeightUpdates:
                 ok.digest = self._prepare()
             case "commit":
                 self._commit(loaded, request.commit.version)
+            case "prune_persisted":
+                self._persister.prune(request.prune_persisted.keep)
             case "abort":
                 self._abort(request.abort.reason)
-            case None:
+            case "find_persisted" | None:
                 raise RequestError(pb.ERROR_KIND_UNKNOWN_OP, "the weight update has no step that this rank knows")
         version = self._loaded().weight_version
         if version is not None:
             ok.weight_version = version
         return ok
+
+    def keep(self, folder: str) -> None:
+        """A model was loaded: what it is made of is kept in the folder ("": nowhere), where it is no checkpoint."""
+        self._persister.choose(folder)
+        loaded = self._shard.loaded
+        if loaded is not None and loaded.weight_version:
+            self._persister.keep(loaded.arena, self._manifest(loaded))
+
+    def unload(self) -> None:
+        """The model is about to be dropped, and with it whatever is under way."""
+        self._persister.cancel()
+        self.leave("the model is unloaded")
 
     def abort_group(self, reason: str) -> None:
         """Releases the background thread from the trainer's group. From any thread; idempotent."""
@@ -270,11 +293,14 @@ class WeightUpdates:
         if digests is None:
             raise out_of_order("commit", "the set was not prepared")
         manifest, arena = self._manifest(loaded), update.target.arena
+        self._persister.cancel()
         if update.shadow:
             arena.id = loaded.arena.id
-            self._arenas.store(arena, completed_manifest(manifest, arena, digests, version=version))
+        committed = completed_manifest(manifest, arena, digests, version=version)
+        if update.shadow:
+            self._arenas.store(arena, committed)
         else:
-            self._arenas.update_manifest(completed_manifest(manifest, arena, digests, version=version))
+            self._arenas.update_manifest(committed)
         self._update = None
         before = loaded.arena
         self._shard.replace_weights(arena=arena, digest=sum(digests.values()) % (1 << 64), version=version)
@@ -283,6 +309,7 @@ class WeightUpdates:
             # The old parameters were views of it.
             gc.collect()
             before.close()
+        self._persister.keep(arena, committed)
 
     def _abort(self, reason: str) -> None:
         self._member.end(reason or "the update was aborted")
@@ -293,6 +320,7 @@ class WeightUpdates:
     # ---------------------------------------------------------------------------------------- parts
 
     def _mark_updating(self, loaded: LoadedModel, target: WeightTarget) -> None:
+        self._persister.cancel()
         if loaded.weight_version is None:
             return
         manifest = self._manifest(loaded)
@@ -300,12 +328,31 @@ class WeightUpdates:
         self._arenas.update_manifest(manifest)
         self._shard.replace_weights(arena=target.arena, digest=0, version=None)
 
-    def _manifest(self, loaded: LoadedModel) -> pb.ArenaManifest:
-        held = self._arenas.fetch(loaded.arena.id)
+    def _find_persisted(self, folder: str, ok: pb.WeightUpdateOk) -> None:
+        files = self._persister.choose(folder)
+        ok.persisted_versions.extend(files.versions() if files is not None else ())
+        loaded = self._shard.loaded
+        if loaded is not None:
+            held = loaded.weight_version
+        else:
+            manifest = self._held_manifest(ArenaId(self._rank, "weights", 0))
+            complete = manifest is not None and manifest.state == pb.ARENA_STATE_COMPLETE
+            held = manifest.weight_version if manifest is not None and complete else None
+        if held is not None:
+            ok.held_version = held
+
+    def _held_manifest(self, arena_id: ArenaId) -> pb.ArenaManifest | None:
+        held = self._arenas.fetch(arena_id)
         if held is None:
-            raise ArenaError(f"{loaded.arena.id} is not held by the supervisor any more")
+            return None
         descriptor, manifest = held
         os.close(descriptor)
+        return manifest
+
+    def _manifest(self, loaded: LoadedModel) -> pb.ArenaManifest:
+        manifest = self._held_manifest(loaded.arena.id)
+        if manifest is None:
+            raise ArenaError(f"{loaded.arena.id} is not held by the supervisor any more")
         return manifest
 
     def _loaded(self) -> LoadedModel:
