@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.checkpoints import make_checkpoint, random_prompts
+from support.checkpoints import ARCHITECTURES, make_checkpoint, random_prompts
 from support.handover import all_blocks_back, blocks_used, hand_over, make_server, start_all, stop_all, until
 from tpmodel import Client, InvalidRequestError, TpmodelError
 from tpmodel.local import LocalServer
@@ -227,3 +228,20 @@ def test_an_answer_of_one_token_is_whole(gangs: Gangs) -> None:
 def test_what_can_not_be_kept_is_refused_naming_the_field(gangs: Gangs, options: dict[str, Any], message: str) -> None:
     with Client(gangs.servers["1"].target) as client, pytest.raises(InvalidRequestError, match=message):
         client.complete(PROMPTS[0], **GREEDY, **options)
+
+
+def test_a_model_with_recurrent_state_hands_that_over_too(tmp_path: Path) -> None:
+    """Linear attention's state by key-head group, in slots that others used before."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **ARCHITECTURES["qwen3_next"])
+    options = ["--max-num-seqs", "2"]
+    prefill = make_server(tmp_path, checkpoint, 1, options=options)
+    decode = make_server(tmp_path, checkpoint, 2, prefill, options=options)
+    try:
+        start_all([prefill, decode])
+        with Client(prefill.target) as client:
+            whole = [client.complete(prompt, **GREEDY).token_ids[0] for prompt in PROMPTS[:4]]
+        for prompt, tokens in zip(PROMPTS[:4], whole, strict=True):
+            assert hand_over(prefill, decode, prompt, **GREEDY)[1].token_ids[0] == tokens
+        all_blocks_back(prefill, decode)
+    finally:
+        stop_all([server for server in (prefill, decode) if server.output])

@@ -29,8 +29,8 @@ def make_server(folder: Path, checkpoint: Path, tp: int, *sources: LocalServer, 
         arguments += ["--kv-from", source.control_target]
     # Threads of torch's own that wait for each other are slow where processors are few.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    more = {"device": "cpu", **more}
-    return LocalServer(checkpoint, tp=tp, options=arguments, environment=dict(environment), **more)
+    more = {"device": "cpu", "environment": dict(environment), **more}
+    return LocalServer(checkpoint, tp=tp, options=arguments, **more)
 
 
 def start_all(servers: list[LocalServer]) -> None:

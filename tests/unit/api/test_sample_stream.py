@@ -231,3 +231,21 @@ def test_a_resumed_sample_that_had_ended_is_recognised() -> None:
     reasons = [stream.finish_reason for stream in (by_string, by_id, by_length)]
     assert reasons == [STOP, STOP, LENGTH]
     assert all(stream.take() is None for stream in (by_string, by_id, by_length))
+
+
+@given(ids=id_lists.filter(bool), cut=st.integers(1, 40))
+@settings(max_examples=200, deadline=None)
+def test_text_goes_on_where_another_gang_continues(ids: list[int], cut: int) -> None:
+    """Also in the middle of a character, whose text comes with the ids that complete it."""
+    cut = min(cut, len(ids))
+    first, second = sample(), sample()
+    first.finish(ids[:cut], [], inference_pb2.FINISH_REASON_KEPT)
+    before = first.take()
+    assert before is not None
+    assert before.token_ids == ids[:cut], "all ids go out"
+    assert first.finish_reason == inference_pb2.FINISH_REASON_KEPT
+    second.prime(ids[:cut])
+    rest, text = joined(run(second, ids[cut:], []))
+    assert rest == ids[cut:]
+    if rest:
+        assert before.text + text == TOKENIZER.decode(ids, skip_special_tokens=True)

@@ -240,3 +240,45 @@ def test_a_number_that_its_field_cannot_hold_is_refused_by_name(
 ) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequestError, match=f"^{field}: "):
         client.generate(prompt, **options)
+
+
+def kept(request: pb.GenerateRequest, _context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+    """The part of a server that keeps the KV cache."""
+    yield started(request)
+    yield tokens(ANSWER[:1])
+    sample = pb.SampleCompletion(finish_reason=pb.FINISH_REASON_KEPT, completion_tokens=1)
+    source = pb.KvSource(target="10.0.0.7:9001", ticket="t")
+    yield pb.GenerateResponse(
+        completion=pb.GenerateCompletion(samples=[sample], weight_versions=[VERSION], kept_kv=source)
+    )
+
+
+def continued(request: pb.GenerateRequest, _context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+    """The part of the server that continues."""
+    yield started(request)
+    yield tokens(ANSWER[1:])
+    sample = pb.SampleCompletion(finish_reason=pb.FINISH_REASON_LENGTH, completion_tokens=len(ANSWER))
+    yield pb.GenerateResponse(completion=pb.GenerateCompletion(samples=[sample], weight_versions=[VERSION]))
+
+
+def test_another_server_is_given_what_it_needs_to_continue() -> None:
+    """The ticket, the ids so far, the seed that was drawn and the weight version."""
+    first_service, second_service = ScriptedService(kept), ScriptedService(continued)
+    with serving(first_service) as prefill, serving(second_service) as decode:
+        with Client(prefill) as client, Client(decode) as other:
+            first = client.complete([1, 2], keep_kv=5.0, temperature=0.7)
+            result = other.complete([1, 2], continues=first, temperature=0.7)
+    assert first_service.requests[0].keep_kv.seconds == 5.0
+    (request,) = second_service.requests
+    assert (request.kv_source.target, request.kv_source.ticket) == ("10.0.0.7:9001", "t")
+    assert list(request.resume_token_ids) == ANSWER[:1]
+    assert (request.sampling.seed, request.weight_version) == (SEED, VERSION)
+    assert not request.HasField("keep_kv")
+    assert result.token_ids[0] == tuple(ANSWER)
+
+
+def test_an_answer_that_was_whole_can_not_be_continued() -> None:
+    with serving(ScriptedService(continued)) as target, Client(target) as client:
+        first = client.complete([1, 2], keep_kv=5.0)
+        with pytest.raises(InvalidRequestError, match="it ended by length"):
+            client.complete([1, 2], continues=first)

@@ -145,3 +145,6 @@ def test_a_model_with_recurrent_state_computes_a_sequence_from_its_first_token()
     check_plan(shared, table.host, LIMITS)
     with pytest.raises(InvalidPlanError, match="slot 2: computed_length 4, but the model's recurrent state begins"):
         check_plan(shared, table.host, limits)
+    # Unless the state came with the blocks from another gang.
+    shared.admissions[0].state_received = True
+    check_plan(shared, table.host, limits)
