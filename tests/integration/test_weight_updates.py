@@ -325,21 +325,33 @@ class TestFailures:
 def test_many_updates_leave_nothing_behind(two_ranks: Served) -> None:
     """Memory, threads and descriptors of every process of the server."""
 
+    def family() -> list[psutil.Process]:
+        root = psutil.Process(two_ranks.server.process.pid)
+        return [root, *root.children(recursive=True)]
+
     def usage() -> dict[str, tuple[int, int]]:
-        family = psutil.Process(two_ranks.server.process.pid).children(recursive=True)
-        return {str(process.pid): (process.num_threads(), process.num_fds()) for process in family}
+        return {str(process.pid): (process.num_threads(), process.num_fds()) for process in family()}
+
+    def memory() -> tuple[int, int]:
+        """Bytes that the processes have for themselves, and arenas that the supervisor holds."""
+        private = sum(process.memory_info().rss - process.memory_info().shared for process in family())
+        held = Path(f"/proc/{two_ranks.server.process.pid}/fd").iterdir()
+        return private, sum("memfd:" in str(entry.readlink()) for entry in held)
 
     with two_ranks.connect() as trainer:
         for _ in range(3):
             two_ranks.update(trainer)
-        before = usage()
+        before, (private, arenas) = usage(), memory()
         started = time.monotonic()
         for _ in range(WEIGHT_UPDATES):
             two_ranks.trained.train(1)
             trainer.send_weights(two_ranks.trained.weights, version=two_ranks.next_version())
         print(f"{WEIGHT_UPDATES} updates in {time.monotonic() - started:.1f} s")
-        after = usage()
+        after, (private_after, arenas_after) = usage(), memory()
     assert after.keys() == before.keys()
+    assert arenas_after == arenas
+    # A set is 0.9 MB: one that stays each time would show.
+    assert private_after - private < 32 << 20
     for pid, (threads, descriptors) in after.items():
         assert threads <= before[pid][0] + 2, pid
         assert descriptors <= before[pid][1] + 2, pid

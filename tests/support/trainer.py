@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from support.oracle import TIE
 
@@ -18,7 +18,7 @@ class TrainedModel:
     def __init__(self, checkpoint: Path) -> None:
         # Threads of torch's own that wait for each other are slow where processors are few.
         torch.set_num_threads(1)
-        self.model = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
         self._optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self._generator = torch.Generator().manual_seed(0)
 
@@ -44,7 +44,7 @@ class TrainedModel:
 
 
 @torch.inference_mode()
-def chooses(model: Qwen3ForCausalLM, prompt: list[int], token_ids: list[int]) -> bool:
+def chooses(model: PreTrainedModel, prompt: list[int], token_ids: list[int]) -> bool:
     """Whether the tokens are the model's own greedy ones behind the prompt, teacher-forced, ties aside."""
     logits = model(input_ids=torch.tensor([[*prompt, *token_ids[:-1]]])).logits[0, len(prompt) - 1 :]
     chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
