@@ -29,6 +29,8 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
 
     def __init__(self, token: str, address: str = "127.0.0.1", port: int = 0, *, version: int = 0) -> None:
         self.version: int | None = version
+        self.newest = version
+        """The highest that it has ever had."""
         self.weights: dict[str, torch.Tensor] = {}
         self.steps: list[str] = []
         """Steps taken, in order."""
@@ -110,7 +112,7 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
     def FinishUpdate(self, request: pb.FinishUpdateRequest, context: grpc.ServicerContext) -> pb.FinishUpdateResponse:  # noqa: N802
         self._step("finish", context)
         self._started = False
-        self.version = request.version
+        self.version = self.newest = request.version
         return pb.FinishUpdateResponse()
 
     def AbortUpdate(self, request: Any, context: grpc.ServicerContext) -> pb.AbortUpdateResponse:  # noqa: N802
@@ -119,7 +121,7 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
         return pb.AbortUpdateResponse()
 
     def GetVersion(self, request: Any, context: grpc.ServicerContext) -> pb.GetVersionResponse:  # noqa: N802
-        return pb.GetVersionResponse(served=pb.ServedVersion(version=self.version))
+        return pb.GetVersionResponse(served=pb.ServedVersion(version=self.version, newest_version=self.newest))
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         self.weights[name] = tensor.clone()

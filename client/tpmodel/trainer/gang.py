@@ -62,8 +62,16 @@ class Gang:
 
     def version(self) -> int | None:
         """The version being served; None: the gang serves nothing, for want of whole weights."""
-        served = self._call(self._stub.GetVersion, pb.GetVersionRequest(), _CALL_SECONDS).served
+        served = self._served()
         return served.version if served.HasField("version") else None
+
+    def check_version(self, version: int) -> None:
+        """Raises WeightUpdateError unless it is above all that the gang has ever had: in place, a refusal after the
+        tensors have come would leave the gang without whole weights."""
+        newest = self._served().newest_version
+        if version <= newest:
+            message = f"gang {self.target}: version {version} does not follow version {newest}: send one above it"
+            raise WeightUpdateError("INVALID_ARGUMENT", message)
 
     def update(self, request: pb.UpdateRequest, on_failure: Callable[[str], None]) -> UpdateCall:
         """Begins a call that goes on while the tensors are sent."""
@@ -91,6 +99,9 @@ class Gang:
         """What gRPC raised, in words that say which gang."""
         assert isinstance(error, grpc.Call)
         return WeightUpdateError(error.code().name, f"gang {self.target}: {error.details() or 'no details'}")
+
+    def _served(self) -> pb.ServedVersion:
+        return self._call(self._stub.GetVersion, pb.GetVersionRequest(), _CALL_SECONDS).served
 
     def _call(self, method: Any, request: Any, seconds: float) -> Any:
         try:

@@ -114,6 +114,8 @@ class Trainer:
         """
         self._check_order(running)
         self._reconcile()
+        for gang in self._gangs:
+            gang.check_version(version)
         with self._update_of(self._gangs, version, running) as update:
             yield update
 
@@ -157,6 +159,8 @@ class Trainer:
                 "makes the pairs anew, no iterator"
             )
         try:
+            for gang in due:
+                gang.check_version(version)
             for party in parties:
                 with self._update_of(party, version, running) as update:
                     update.send(weights() if callable(weights) else weights, progress)

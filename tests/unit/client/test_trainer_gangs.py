@@ -137,6 +137,18 @@ def test_all_at_once_a_gang_that_has_committed_is_left_out_when_the_version_is_s
     assert gangs[0].steps.count("finish") == 1
 
 
+@pytest.mark.parametrize("how", ["all_at_once", "one_by_one"])
+def test_a_version_that_a_gang_has_had_is_refused_before_it_is_touched(gangs: list[Trainee], how: Any) -> None:
+    """After the tensors have come, a refusal would leave it without whole weights."""
+    gangs[1].version, gangs[1].newest = None, 3
+    with connected(gangs) as trainer:
+        with pytest.raises(GangsDifferError, match=rf"{gangs[1].target}: version 3 does not follow version 3"):
+            trainer.send_weights(weights(3), version=3, gangs=how)
+        assert not [gang for gang in gangs if "start" in gang.steps]
+        trainer.send_weights(weights(4), version=4, gangs=how)
+        assert trainer.versions() == [4, 4]
+
+
 def test_a_single_gang_fails_with_its_own_words(gangs: list[Trainee]) -> None:
     with connected(gangs, 1) as trainer:
         gangs[0].fails_at = "finish"
