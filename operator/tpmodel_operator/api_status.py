@@ -200,6 +200,10 @@ class GangStatus(StatusModel):
     """Why it serves no weights, as its leader reports it: WeightsUpdating, WeightsIncomplete or WeightsLost."""
     weights_message: StatusText = ""
     """The same in words, and what to do."""
+    weights_kept: int = 0
+    """The newest version that all its ranks have in the volume of weightUpdates.persistUpdates; 0: none."""
+    weights_keeping_error: StatusText = ""
+    """Why the version that it serves is not kept there."""
     deadline_missed: bool = False
     """Whether it has missed the formation deadline and has not been Ready since."""
 

@@ -122,6 +122,9 @@ def _of_gang(was: GangStatus, gang: GangStatus) -> Iterator[Event]:
 def _of_weights(was: GangStatus, gang: GangStatus) -> Iterator[Event]:
     if gang.weights_version and gang.weights_version != was.weights_version:
         yield _normal("WeightsCommitted", f"gang {gang.name} serves version {gang.weights_version} of the weights")
+    error = gang.weights_keeping_error
+    if error and error != was.weights_keeping_error:
+        yield _warning("WeightsNotKept", f"gang {gang.name} serves weights that are lost with its pods: {error}")
     condition = gang.weights_condition
     if condition in (weights.INCOMPLETE, weights.LOST) and condition != was.weights_condition:
         yield _warning(condition, f"gang {gang.name}: {gang.weights_message}; {conditions.WEIGHTS_REMEDY}")

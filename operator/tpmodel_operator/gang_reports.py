@@ -142,6 +142,8 @@ def report_of(gang: str, answer: worker_pb2.GangStatusResponse, now: datetime) -
         weights_version=engine.weight_version,
         weights_condition=engine.weights_condition,
         weights_message=engine.weights_message,
+        weights_kept=engine.persisted_version,
+        weights_keeping_error=engine.persist_error,
     )
 
 

@@ -144,6 +144,9 @@ class GangReport:
     weights_condition: str = ""
     """WeightsUpdating, WeightsIncomplete or WeightsLost; empty: nothing keeps its weights from being served."""
     weights_message: str = ""
+    weights_kept: int = 0
+    """The newest version that all its ranks have on a disk."""
+    weights_keeping_error: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,6 +121,8 @@ def _as_new(restart: Restart) -> dict[str, object]:
         "weights_version": None,
         "weights_condition": "",
         "weights_message": "",
+        "weights_kept": 0,
+        "weights_keeping_error": "",
     }
 
 

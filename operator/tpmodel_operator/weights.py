@@ -86,6 +86,8 @@ def reported(gang: Gang, now: datetime) -> Gang:
             "weights_version": _served(report),
             "weights_condition": report.weights_condition,
             "weights_message": report.weights_message,
+            "weights_kept": report.weights_kept,
+            "weights_keeping_error": report.weights_keeping_error,
         }
         if status.weights_condition and not report.weights_condition and status.not_ready_since:
             # It has been kept from being Ready by its weights alone: its patience begins now.

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster.kubectl import Kubectl, Object
+from tests.cluster.local import LocalCluster
 from tests.cluster.target import Target
-from tests.e2e.support import long_answers, trainers
+from tests.e2e.support import caches, long_answers, trainers
 from tests.e2e.support.clients import Client
+from tests.e2e.support.gang_calls import status_of
 from tests.e2e.support.models import DeployedModel, deployed, gang_of, is_ready
 from tests.e2e.support.restarts import STURDY
 from tests.e2e.support.timings import Stopwatch, Timings
 from tests.e2e.support.trainers import Tuned
+from tpmodel.trainer import connect
 from tpmodel_operator import names
 
 TOKENS = 20_000
 """More than an update lasts."""
 STREAMS = 4
+NODE = "node2"
+"""That has the disk of the gang that keeps its updates."""
 LOST_SECONDS = 180.0
 """For pods that are made again, import torch and load, on two busy cores."""
 
@@ -95,6 +101,35 @@ def test_pods_that_are_made_again_wait_for_the_trainer_and_serve_no_checkpoint_m
     model.wait_ready()
     assert all(second.made(trainers.answer_of(leader)) for leader in model.leaders())
     assert [gang["restartsTotal"] for gang in model.gangs()] == [0, 0], model.explain()
+
+
+def test_with_persisted_updates_a_gang_whose_pods_were_all_lost_comes_back_with_its_weights(
+    models: Kubectl, target: Target, cluster: LocalCluster, first: Tuned, timings: Timings
+) -> None:
+    trainers.prepare(models)
+    claim = caches.create(models, cluster.node(NODE), f"updates-{uuid.uuid4().hex[:8]}")
+    given = STURDY | trainers.spec() | {"ranksPerPod": 2, "weightUpdates": {"persistUpdates": f"pvc://{claim}/sets"}}
+    given["recovery"] = STURDY["recovery"] | {"mode": "InPlace"}
+    with deployed(models, "kept", **given) as model:
+        (pod,) = model.pods()
+        # Over the pod's address, as a trainer outside of pods does.
+        with connect(f"{pod['status']['podIP']}:{names.CONTROL_PORT}", token=trainers.TOKEN) as trainer:
+            trainer.send_weights(first.weights, version=1)
+        wait_served(model, 1)
+        model.until(lambda: status_of(pod).engine.persisted_version == 1, what="weights on the disk", seconds=60)
+        clock = Stopwatch()
+        model.kubectl.delete("pod", pod["metadata"]["name"], wait=False)
+        model.until(
+            lambda: pod["metadata"]["uid"] not in model.uids() and model.leaders(),
+            what="Ready again",
+            seconds=LOST_SECONDS,
+        )
+        timings.note("weights: all pods deleted, persistUpdates", "Ready at its version", clock.seconds)
+        wait_served(model, 1)
+        (leader,) = model.leaders()
+        assert first.made(trainers.answer_of(leader))
+        assert not model.events("WeightsLost")
+    models.delete("pvc", claim, wait=False)
 
 
 # --------------------------------------------------------------------------------------------------- helpers

@@ -64,10 +64,13 @@ def _facts(gang: GangView, model: ModelView, now: datetime) -> list[str]:
         f"{ranks} of {model.tensor_parallel_size} ranks ready",
         f"{_count(gang.restarts, 'restart')}{budget}",
         *([f"weights of version {gang.weights_version}"] if gang.weights_version else []),
+        *([f"version {gang.weights_kept} on its volume"] if gang.weights_kept else []),
     ]
     lines = [", ".join(numbers)] if gang.revision else []
     if gang.weights_condition:
         lines.append(f"{gang.weights_condition}: {gang.weights_message}")
+    if gang.weights_keeping_error:
+        lines.append(f"its weights are not kept: {gang.weights_keeping_error}")
     if gang.failure is not None:
         lines.append(f"failed {age(gang.failure.time, now)} ago, {gang.failure.reason}: {_cause(gang.failure)}")
     if gang.last_restart is not None and gang.last_restart.time:

@@ -109,6 +109,9 @@ class GangView:
     weights_condition: str = ""
     """Why its weights are not served: one CamelCase word."""
     weights_message: str = ""
+    weights_kept: int = 0
+    """The newest version on its volume for updates; 0: none."""
+    weights_keeping_error: str = ""
 
     @property
     def leader(self) -> PodView | None:
@@ -230,6 +233,8 @@ def _gang(gang: Json, pods: Iterable[PodView]) -> GangView:
         weights_version=gang.get("weightsVersion"),
         weights_condition=gang.get("weightsCondition", ""),
         weights_message=" ".join(gang.get("weightsMessage", "").split()),
+        weights_kept=gang.get("weightsKept", 0),
+        weights_keeping_error=" ".join(gang.get("weightsKeepingError", "").split()),
     )
 
 

@@ -44,6 +44,8 @@ def test_every_field_of_status_that_it_reads_is_one_that_the_operator_writes() -
             weights_version=3,
             weights_condition=condition,
             weights_message=condition and "send a full set",
+            weights_kept=2,
+            weights_keeping_error="the disk is full",
         )
     cluster.reconcile()
     assert [gang.weights_version for gang in view(cluster).gangs] == [3, None]
@@ -60,7 +62,7 @@ def test_every_field_of_status_that_it_reads_is_one_that_the_operator_writes() -
     assert model.max_restarts == cluster.spec.recovery.max_restarts
     for gang, written in zip(model.gangs, status.gangs, strict=True):
         same = ("name", "uid", "index", "revision", "attempt", "epoch", "phase", "ready", "ready_ranks", "load_percent")
-        same += ("weights_version", "weights_condition", "weights_message")
+        same += ("weights_version", "weights_condition", "weights_message", "weights_kept", "weights_keeping_error")
         assert [getattr(gang, field) for field in same] == [getattr(written, field) for field in same]
         assert (gang.restarts, gang.restarts_counted) == (written.restarts_total, written.restarts)
     restart, written = model.gangs[1].last_restart, status.gangs[1].last_restart

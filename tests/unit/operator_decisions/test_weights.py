@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from support.operator_cluster import Cluster, serving
@@ -90,6 +92,22 @@ def test_a_commit_is_written_to_the_config_map_once_and_never_lowered() -> None:
     report(cluster, 0, 0)
     assert not [action for action in cluster.reconcile().actions if isinstance(action, WriteAttempt)]
     assert (committed(cluster), set(cluster.weights.values())) == ([3], {3})
+
+
+def test_what_is_kept_on_a_volume_is_shown_and_told_once_where_that_fails() -> None:
+    cluster = updated()
+    gang = cluster.gang_status().name
+    kept = replace(cluster.reports[gang], weights_kept=2, weights_keeping_error="rank 1: no space left")
+    cluster.reports[gang] = kept
+    cluster.reconcile()
+    cluster.reconcile()
+    assert (cluster.gang_status().weights_kept, cluster.gang_status().weights_version) == (2, 3)
+    (event,) = [event for event in cluster.events if event.reason == "WeightsNotKept"]
+    assert event.type == "Warning"
+    assert event.message.endswith("rank 1: no space left")
+    cluster.reports[gang] = replace(kept, weights_kept=3, weights_keeping_error="")
+    cluster.reconcile()
+    assert (cluster.gang_status().weights_kept, cluster.gang_status().weights_keeping_error) == (3, "")
 
 
 # ------------------------------------------------------------------------------------ what is not served

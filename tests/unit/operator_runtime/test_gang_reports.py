@@ -125,16 +125,19 @@ def test_an_answer_as_decisions_see_it():
 
 def test_what_an_answer_says_of_the_weights_is_news():
     engine = worker_pb2.EngineState(
-        weight_version=3, weights_condition="WeightsLost", weights_message="send a full set"
+        weight_version=3,
+        weights_condition="WeightsLost",
+        weights_message="send a full set",
+        persisted_version=2,
+        persist_error="the disk is full",
     )
     report = report_of("m-0-abcde", worker_pb2.GangStatusResponse(engine=engine), START)
-    assert (report.weights_version, report.weights_condition, report.weights_message) == (
-        3,
-        "WeightsLost",
-        "send a full set",
-    )
+    said = (report.weights_version, report.weights_condition, report.weights_message)
+    assert said == (3, "WeightsLost", "send a full set")
+    assert (report.weights_kept, report.weights_keeping_error) == (2, "the disk is full")
     assert is_news(replace(report, weights_version=2), report)
     assert is_news(replace(report, weights_condition=""), report)
+    assert is_news(replace(report, weights_kept=0), report)
 
 
 class Status(worker_pb2_grpc.StatusServiceServicer):
