@@ -5,11 +5,11 @@ Sorting the tokens by expert, as grouped products need, would take longer than t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-
-from tpmodel_worker.kernels.launch import KernelLauncher, power_of_two, tiles
 
 TOKENS = 16
 """Rows of a product: the least that the matrix units take."""
@@ -32,12 +32,15 @@ def route_rows(logits: torch.Tensor, per_token: int, *, normalise: bool) -> tupl
     tokens, experts = logits.shape
     ids = torch.empty((tokens, per_token), dtype=torch.int64, device=logits.device)
     weights = torch.empty((tokens, per_token), dtype=logits.dtype, device=logits.device)
-    _route_row(
-        (tokens,),
-        *(logits, ids, weights),
-        constants=(*(experts, power_of_two(experts), per_token, power_of_two(per_token), normalise),),
-        warps=4 if experts > 128 else 1,
-    )
+    constants: dict[str, Any] = {
+        "EXPERTS": experts,
+        "PADDED": triton.next_power_of_2(experts),
+        "CHOSEN": per_token,
+        "CHOSEN_PADDED": triton.next_power_of_2(per_token),
+        "NORMALISE": normalise,
+        "num_warps": 4 if experts > 128 else 1,
+    }
+    route_row[(tokens,)](logits, ids, weights, **constants)
     return ids, weights
 
 
@@ -58,18 +61,21 @@ def mix_few(
     # Pairs whose expert is elsewhere are written by nobody.
     empty = torch.empty if first is None else torch.zeros
     outputs = empty((tokens, per_token, hidden_size), dtype=hidden.dtype, device=hidden.device)
-    common = (per_token, power_of_two(max(pairs, TOKENS)), TOKENS, OUTPUT_TILE)
-    sizes = (pairs, first or 0, hidden_size, features)
-    _activate_experts(
-        (experts, tiles(features, OUTPUT_TILE)),
-        *(hidden, expert_ids, gate_up, inner, *sizes),
-        constants=(*common, _input_tile(hidden_size)),
-    )
-    _project_experts(
-        (experts, tiles(hidden_size, OUTPUT_TILE)),
-        *(inner, expert_ids, expert_weights, down, outputs, *sizes),
-        constants=(*common, _input_tile(features)),
-    )
+    common: dict[str, Any] = {
+        "CHOSEN": per_token,
+        "PAIRS": triton.next_power_of_2(max(pairs, TOKENS)),
+        "TOKENS": TOKENS,
+        "OUTPUTS": OUTPUT_TILE,
+        "num_stages": 3,
+    }
+    activate_experts[(experts, triton.cdiv(features, OUTPUT_TILE))](
+        hidden, expert_ids, gate_up, inner, pairs, first or 0, hidden_size, features,
+        INPUTS=_input_tile(hidden_size), **common,
+    )  # fmt: skip
+    project_experts[(experts, triton.cdiv(hidden_size, OUTPUT_TILE))](
+        inner, expert_ids, expert_weights, down, outputs, pairs, first or 0, hidden_size, features,
+        INPUTS=_input_tile(features), **common,
+    )  # fmt: skip
     return outputs.sum(1)
 
 
@@ -91,17 +97,15 @@ def combine_rows(
     rows = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
     hidden_size = outputs.shape[1]
     combined = torch.empty((tokens, hidden_size), dtype=outputs.dtype, device=outputs.device)
-    tile = min(COMBINED_TILE, power_of_two(hidden_size))
-    _combine_row(
-        (tokens, tiles(hidden_size, tile)),
-        *(outputs, rows, weights, reached, combined, hidden_size),
-        constants=(per_token, tile),
+    constants: dict[str, Any] = {"CHOSEN": per_token, "TILE": min(COMBINED_TILE, triton.next_power_of_2(hidden_size))}
+    combine_row[(tokens, triton.cdiv(hidden_size, constants["TILE"]))](
+        outputs, rows, weights, reached, combined, hidden_size, **constants
     )
     return combined
 
 
-def _input_tile(size: int) -> int:
-    return min(INPUT_TILE, max(16, power_of_two(size)))
+def _input_tile(size: int) -> Any:
+    return min(INPUT_TILE, max(16, triton.next_power_of_2(size)))
 
 
 @triton.jit
@@ -255,9 +259,3 @@ def combine_row(
         output = tl.load(outputs + row * hidden_size + column, mask=inside & (row < end), other=0.0)
         total += share * output.to(tl.float32)
     tl.store(combined + token * hidden_size + column, total.to(combined.dtype.element_ty), mask=inside)
-
-
-_route_row = KernelLauncher(route_row)
-_activate_experts = KernelLauncher(activate_experts)
-_project_experts = KernelLauncher(project_experts)
-_combine_row = KernelLauncher(combine_row)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from tpmodel_worker.kernels.fusion import HeadNorms
-from tpmodel_worker.kernels.launch import KernelLauncher, power_of_two, tiles
 from tpmodel_worker.models.batch import LayerKvCache
 
 ACTIVATION_TILE = 1024
@@ -19,11 +20,15 @@ def add_and_normalise_rows(
     """See fusion.add_and_normalise; update contiguous."""
     size = hidden.shape[-1]
     output = torch.empty_like(hidden)
-    _normalise_row(
-        (hidden.numel() // size,),
-        *(hidden, hidden if update is None else update, weight, output, eps),
-        constants=(size, power_of_two(size), update is not None, zero_centred),
-        warps=8 if size > 2048 else 4,
+    constants: dict[str, Any] = {
+        "SIZE": size,
+        "PADDED": triton.next_power_of_2(size),
+        "ADDS": update is not None,
+        "ZERO_CENTRED": zero_centred,
+        "num_warps": 8 if size > 2048 else 4,
+    }
+    normalise_row[(hidden.numel() // size,)](
+        hidden, hidden if update is None else update, weight, output, eps, **constants
     )
     return output
 
@@ -32,12 +37,8 @@ def gated_normalise_heads(output: torch.Tensor, gate: torch.Tensor, weight: torc
     """See fusion.gated_normalise."""
     tokens, heads, size = output.shape
     result = torch.empty_like(output)
-    _gated_head(
-        (tokens, heads),
-        *(output, gate, weight, result, eps, gate.stride(0), gate.stride(1)),
-        constants=(size, power_of_two(size)),
-        warps=1,
-    )
+    constants: dict[str, Any] = {"SIZE": size, "PADDED": triton.next_power_of_2(size), "num_warps": 1}
+    gated_head[(tokens, heads)](output, gate, weight, result, eps, gate.stride(0), gate.stride(1), **constants)
     return result
 
 
@@ -45,16 +46,17 @@ def silu_and_multiply_rows(gate_up: torch.Tensor) -> torch.Tensor:
     """See fusion.silu_and_multiply."""
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     output = torch.empty((tokens, features), dtype=gate_up.dtype, device=gate_up.device)
-    tile = min(ACTIVATION_TILE, power_of_two(features))
-    _activate((tokens, tiles(features, tile)), gate_up, output, features, constants=(tile,))
+    tile = min(ACTIVATION_TILE, triton.next_power_of_2(features))
+    constants: dict[str, Any] = {"TILE": tile}
+    activate[(tokens, triton.cdiv(features, tile))](gate_up, output, features, **constants)
     return output
 
 
 def multiply_heads_by_sigmoid(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """See fusion.multiply_by_sigmoid."""
     tokens, heads, size = output.shape
-    constants = (size, power_of_two(size))
-    _sigmoid_head((tokens, heads), output, gate, gate.stride(0), gate.stride(1), constants=constants, warps=1)
+    constants: dict[str, Any] = {"SIZE": size, "PADDED": triton.next_power_of_2(size), "num_warps": 1}
+    sigmoid_head[(tokens, heads)](output, gate, gate.stride(0), gate.stride(1), **constants)
     return output
 
 
@@ -70,20 +72,38 @@ def prepare_heads_in_place(
 ) -> None:
     """See fusion.prepare_heads; queries and keys are changed where they are."""
     tokens, heads, size = projected.shape
-    width = 2 if gated else 1
-    queries = counts[0] // width
-    turned = rotation[0].shape[-1]
-    keys = cache.keys
+    queries = counts[0] // 2 if gated else counts[0]
+    cosines, sines = rotation
+    turned = cosines.shape[-1]
+    constants: dict[str, Any] = {
+        "HEADS": heads,
+        "QUERY_HEADS": counts[0],
+        "KV_HEADS": counts[1],
+        "QUERIES": queries,
+        "QUERY_WIDTH": 2 if gated else 1,
+        "SIZE": size,
+        "PADDED": triton.next_power_of_2(size),
+        "TURNED": turned,
+        "HALF": turned // 2,
+        "BLOCK_SIZE": cache.keys.shape[1],
+        "ZERO_CENTRED": norms.zero_centred,
+        "num_warps": 1 if size <= 128 else 2,
+    }
     # A program for each query, each key and each value.
-    _prepare_head(
-        (tokens, queries + 2 * counts[1]),
-        *(projected, norms.query, norms.key, *rotation, keys, cache.values, rows, norms.eps),
-        *keys.stride()[:3],
-        constants=(
-            *(heads, counts[0], counts[1], queries, width, size, power_of_two(size), turned, turned // 2),
-            *(keys.shape[1], norms.zero_centred),
-        ),
-        warps=1 if size <= 128 else 2,
+    prepare_head[(tokens, queries + 2 * counts[1])](
+        projected,
+        norms.query,
+        norms.key,
+        cosines,
+        sines,
+        cache.keys,
+        cache.values,
+        rows,
+        norms.eps,
+        cache.keys.stride(0),
+        cache.keys.stride(1),
+        cache.keys.stride(2),
+        **constants,
     )
 
 
@@ -240,10 +260,3 @@ def prepare_head(
         tl.store(source + place, result, mask=inside)
         if number >= QUERIES:
             tl.store(keys + cached + (number - QUERIES) * head_stride, result, mask=inside)
-
-
-_normalise_row = KernelLauncher(normalise_row)
-_gated_head = KernelLauncher(gated_head)
-_activate = KernelLauncher(activate)
-_sigmoid_head = KernelLauncher(sigmoid_head)
-_prepare_head = KernelLauncher(prepare_head)

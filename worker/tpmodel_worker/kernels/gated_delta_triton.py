@@ -6,12 +6,13 @@ state twice more than it has to, and that is most of what it moves.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from tpmodel_worker.kernels.gated_delta import DeltaGates
-from tpmodel_worker.kernels.launch import KernelLauncher, power_of_two, tiles
 from tpmodel_worker.models.batch import LayerState
 
 CHANNEL_TILE = 1024
@@ -42,11 +43,20 @@ def convolve_rows(
     tokens, channels = features.shape
     output = torch.empty((tokens, channels), dtype=features.dtype, device=features.device)
     kept = state.convolution
-    tile = min(CHANNEL_TILE, power_of_two(channels))
-    _convolve_row(
-        (tokens, tiles(channels, tile)),
-        *(features, weight, kept, output, slots, owners, places, features.stride(0), kept.stride(0), decodes, channels),
-        constants=(kept.shape[1], tile),
+    constants: dict[str, Any] = {"TAPS": kept.shape[1], "TILE": min(CHANNEL_TILE, triton.next_power_of_2(channels))}
+    convolve_row[(tokens, triton.cdiv(channels, constants["TILE"]))](
+        features,
+        weight,
+        kept,
+        output,
+        slots,
+        owners,
+        places,
+        features.stride(0),
+        kept.stride(0),
+        decodes,
+        channels,
+        **constants,
     )
     return output
 
@@ -64,11 +74,17 @@ def keep_last_rows(
         first: of the sequences.
     """
     channels, kept = features.shape[1], state.convolution
-    tile = min(CHANNEL_TILE, power_of_two(channels))
-    _keep_last(
-        (len(slots) - first, tiles(channels, tile)),
-        *(features, kept, slots, starts, features.stride(0), kept.stride(0), first, channels),
-        constants=(kept.shape[1], tile),
+    constants: dict[str, Any] = {"TAPS": kept.shape[1], "TILE": min(CHANNEL_TILE, triton.next_power_of_2(channels))}
+    keep_last[(len(slots) - first, triton.cdiv(channels, constants["TILE"]))](
+        features,
+        kept,
+        slots,
+        starts,
+        features.stride(0),
+        kept.stride(0),
+        first,
+        channels,
+        **constants,
     )
 
 
@@ -96,12 +112,32 @@ def decode_rows(
         rows: how many.
     """
     heads, key_dim, value_dim = state.recurrent.shape[1:]
-    values = min(VALUE_TILE, power_of_two(value_dim))
-    _decode_head(
-        (rows, heads, tiles(value_dim, values)),
-        *(query, key, value, gates.step, gates.rate, gates.step_bias, gates.log_decay, state.recurrent, slots, output),
-        *(key_dim**-0.5, query.stride(0), key.stride(0), value.stride(0), gates.step.stride(0), gates.rate.stride(0)),
-        constants=(heads, heads // key.shape[1], key_dim, value_dim, power_of_two(key_dim), values),
+    constants: dict[str, Any] = {
+        "HEADS": heads,
+        "SHARERS": heads // key.shape[1],
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "KEYS": triton.next_power_of_2(key_dim),
+        "VALUES": min(VALUE_TILE, triton.next_power_of_2(value_dim)),
+    }
+    decode_head[(rows, heads, triton.cdiv(value_dim, constants["VALUES"]))](
+        query,
+        key,
+        value,
+        gates.step,
+        gates.rate,
+        gates.step_bias,
+        gates.log_decay,
+        state.recurrent,
+        slots,
+        output,
+        key_dim**-0.5,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        gates.step.stride(0),
+        gates.rate.stride(0),
+        **constants,
     )
 
 
@@ -229,8 +265,3 @@ def decode_head(
     result = tl.sum(memory * q[:, None], 0)
     tl.store(place, memory, mask=both)
     tl.store(output + (row * HEADS + head) * VALUE_DIM + number, result.to(output.dtype.element_ty), mask=wanted)
-
-
-_convolve_row = KernelLauncher(convolve_row)
-_keep_last = KernelLauncher(keep_last)
-_decode_head = KernelLauncher(decode_head)
