@@ -196,6 +196,8 @@ def make_model(folder: Path, shape: dict[str, int]) -> None:
         shutil.copy(DEFAULT_MODEL / name, folder / name)
     config = json.loads((DEFAULT_MODEL / "config.json").read_text(encoding="utf-8"))
     config |= shape | {"dtype": "bfloat16", "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    # Of the default model, for as many layers as that has.
+    config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
