@@ -46,16 +46,25 @@ def test_float32_logits_equal_transformers(tmp_path, architecture):
         assert float((logits - expected).abs().max()) < 3e-4, f"sequence {sequence}"
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path, architecture):
-    checkpoint = make_checkpoint(tmp_path, dtype=torch.bfloat16, **ARCHITECTURES[architecture])
-    exact, rounded = Reference(checkpoint), Reference(checkpoint, torch.bfloat16)
+    """DESIGN section 9: over 4,096 positions where there are experts.
+
+    A router's near tie falls one way or the other by a rounding, and such a row's error is many times the others': one
+    checkpoint's 320 rows give from half to 1.3 times transformers' error, however exact the kernels are.
+    """
+    shape = ARCHITECTURES[architecture]
+    checkpoints = 13 if "num_experts" in shape | shape.get("text_config", {}) else 1
     ours, theirs = [], []
-    for sequence, logits in run(checkpoint, torch.bfloat16).items():
-        tokens = prompts()[sequence][: len(logits)]
-        expected = exact.logits(tokens)
-        ours.append(logits - expected)
-        theirs.append(rounded.logits(tokens) - expected)
+    for seed in range(checkpoints):
+        checkpoint = make_checkpoint(tmp_path / str(seed), seed=seed, dtype=torch.bfloat16, **shape)
+        exact, rounded = Reference(checkpoint), Reference(checkpoint, torch.bfloat16)
+        for sequence, logits in run(checkpoint, torch.bfloat16).items():
+            tokens = prompts()[sequence][: len(logits)]
+            expected = exact.logits(tokens)
+            ours.append(logits - expected)
+            theirs.append(rounded.logits(tokens) - expected)
     own, peer = (float(torch.cat(parts).square().mean().sqrt()) for parts in (ours, theirs))
     print(f"{architecture}: root mean square error {own}, transformers {peer}")
     assert own <= 1.5 * peer

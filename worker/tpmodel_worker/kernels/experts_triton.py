@@ -15,7 +15,6 @@ TOKENS = 16
 """Rows of a product: the least that the matrix units take."""
 OUTPUT_TILE = 32
 INPUT_TILE = 128
-COMBINED_TILE = 1024
 
 
 def route_rows(logits: torch.Tensor, per_token: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,31 +76,6 @@ def mix_few(
         INPUTS=_input_tile(features), **common,
     )  # fmt: skip
     return outputs.sum(1)
-
-
-def combine_rows(
-    outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, *, reached: torch.Tensor
-) -> torch.Tensor:
-    """The weighted sum of each token's experts' outputs, which lie sorted by expert.
-
-    Args:
-        outputs: (T * k, hidden size), contiguous; the rows from `reached` on hold nothing.
-        order: (T * k,) int64, which pair of token and expert each row is of.
-        weights: (T, k), contiguous.
-        reached: () int64, how many rows products have reached.
-
-    Returns:
-        (T, hidden size) in outputs' dtype.
-    """
-    tokens, per_token = weights.shape
-    rows = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    hidden_size = outputs.shape[1]
-    combined = torch.empty((tokens, hidden_size), dtype=outputs.dtype, device=outputs.device)
-    constants: dict[str, Any] = {"CHOSEN": per_token, "TILE": min(COMBINED_TILE, triton.next_power_of_2(hidden_size))}
-    combine_row[(tokens, triton.cdiv(hidden_size, constants["TILE"]))](
-        outputs, rows, weights, reached, combined, hidden_size, **constants
-    )
-    return combined
 
 
 def _input_tile(size: int) -> Any:
@@ -234,28 +208,3 @@ def project_experts(
         result = (total * share[:, None]).to(outputs.dtype.element_ty)
         place = outputs + pair[:, None] * hidden_size + feature[None, :]
         tl.store(place, result, mask=here[:, None] & wanted[None, :])
-
-
-@triton.jit
-def combine_row(
-    outputs,
-    rows,
-    weights,
-    reached,
-    combined,
-    hidden_size,
-    CHOSEN: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-):
-    """One token, a tile of the hidden size."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = column < hidden_size
-    end = tl.load(reached)
-    total = tl.zeros([TILE], dtype=tl.float32)
-    for number in tl.static_range(CHOSEN):  # pyright: ignore[reportGeneralTypeIssues]
-        row = tl.load(rows + token * CHOSEN + number)
-        share = tl.load(weights + token * CHOSEN + number).to(tl.float32)
-        output = tl.load(outputs + row * hidden_size + column, mask=inside & (row < end), other=0.0)
-        total += share * output.to(tl.float32)
-    tl.store(combined + token * hidden_size + column, total.to(combined.dtype.element_ty), mask=inside)
