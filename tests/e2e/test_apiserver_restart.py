@@ -24,8 +24,8 @@ CHILDREN = (
     "serviceaccounts",
     "secrets",
 )
-REPORTED = ("epoch", "phase", "readyRanks", "loadPercent")
-"""What a gang's leader says every 10 s."""
+REPORTED = ("epoch", "phase", "readyRanks", "loadPercent", "weightsVersion")
+"""What a gang's leader says every 10 s; of the weights' version the model's status says the same."""
 
 
 def test_what_happens_while_no_watch_works_is_found_afterwards_as_a_fresh_operator_finds_it(
@@ -64,8 +64,13 @@ def state(model: DeployedModel) -> Object:
         for item in model.kubectl.list(kind, selector=selector)
     }
     status = model.status()
-    gangs = [{name: value for name, value in gang.items() if name not in REPORTED} for gang in status["gangs"]]
-    return {"status": status | {"gangs": gangs}, "children": children}
+    gangs = [without_reports(gang) for gang in status["gangs"]]
+    return {"status": without_reports(status) | {"gangs": gangs}, "children": children}
+
+
+def without_reports(part: Object) -> Object:
+    """A part of the status, but for what leaders say."""
+    return {name: value for name, value in part.items() if name not in REPORTED}
 
 
 def content(item: Object) -> Object:

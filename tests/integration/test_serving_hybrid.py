@@ -9,6 +9,7 @@ import asyncio
 import math
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,10 +96,14 @@ def metric(server: LocalServer, name: str) -> float:
 
 def test_the_memory_of_blocks_and_states_is_planned_together_and_reported_at_start(served: Served) -> None:
     """What --kv-cache-memory leaves beside the states of all slots is blocks; and there is no prefix cache."""
-    log = served.server.output
-    assert log.count(f"{BLOCKS} KV blocks of {BLOCK} tokens") == 1
-    line = f"recurrent state of {SLOTS} sequences takes {state_bytes()} bytes of each rank, beside the KV blocks"
-    assert log.count(f"{line}; the prefix cache is off: blocks do not hold that state") == 1
+    blocks = f"{BLOCKS} KV blocks of {BLOCK} tokens"
+    states = f"recurrent state of {SLOTS} sequences takes {state_bytes()} bytes of each rank, beside the KV blocks"
+    states += "; the prefix cache is off: blocks do not hold that state"
+    # Lines of several processes: that the server is ready may be read before what the engine has said.
+    deadline = time.monotonic() + 30
+    while not (blocks in served.server.output and states in served.server.output) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (served.server.output.count(blocks), served.server.output.count(states)) == (1, 1)
 
 
 def test_slots_blocks_and_clients_come_and_go(served: Served) -> None:
