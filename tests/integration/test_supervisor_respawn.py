@@ -95,7 +95,7 @@ def test_a_respawned_rank_is_the_spare_and_another_spare_is_made(pod: Supervised
     assert not psutil.pid_exists(first)
     status = pod.process_status("rank 1")
     assert (status.pid, status.state, status.restarts, status.device_bytes) == (waiting, "running", 1, 0)
-    assert pod.events("register")[-1]["ranks"]["1"] == waiting
+    pod.eventually(lambda: pod.events("register")[-1]["ranks"]["1"] == waiting, "the engine knows it")
     assert pod.output.count("[rank 1] rank 1 speaks on stderr") == 2
     assert spare(pod) not in (waiting, first)
 

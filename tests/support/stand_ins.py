@@ -194,13 +194,14 @@ async def api(settings: ServeSettings, index: int) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.set)
     if code := int(_read("api_exit_code", "0")):
         return code
-    _, writer = await asyncio.open_unix_connection(str(settings.report_socket))
-    writer.write(frame(pod_pb2.ProcessReport(name=f"api {index}", listening=True)))
-    await writer.drain()
     from prometheus_client import Counter
 
     Counter("stand_in_api_starts", "Starts of the stand-in.").inc()
+    # Before the pod is ready: a test may kill it from then on.
     note(what="api", index=index)
+    _, writer = await asyncio.open_unix_connection(str(settings.report_socket))
+    writer.write(frame(pod_pb2.ProcessReport(name=f"api {index}", listening=True)))
+    await writer.drain()
     await terminated.wait()
     note(what="api ends", index=index)
     writer.close()
