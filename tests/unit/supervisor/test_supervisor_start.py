@@ -25,6 +25,12 @@ def test_more_ranks_than_cuda_devices_are_refused_with_both_numbers(tmp_path: Pa
     check_devices(settings, count_devices=lambda: 4)
 
 
+@pytest.mark.parametrize("source", ["nonsense", "10.0.0.7", ":9001", "10.0.0.7:port", "10.0.0.7:0", "10.0.0.7:70000"])
+def test_what_kv_may_be_fetched_from_has_to_be_an_address(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"--kv-from {source}: HOST:PORT is needed"):
+        check_options(stand_in_settings(tmp_path, kv_sources=("10.0.0.7:9001", source)))
+
+
 def test_only_the_ranks_of_this_pod_need_devices(tmp_path: Path) -> None:
     settings = stand_in_settings(tmp_path, device="cuda", world_size=4, ranks_per_pod=2, pod_index=1)
     check_devices(settings, count_devices=lambda: 2)

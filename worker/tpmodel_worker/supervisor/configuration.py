@@ -59,6 +59,10 @@ def check_options(
         raise ConfigurationError(f"{flags['api_processes']} {settings.api_processes}: at least 1 is needed")
     if not 0 <= settings.drain_timeout < math.inf:
         raise ConfigurationError(f"{flags['drain_timeout']} {settings.drain_timeout}: a number of seconds is needed")
+    for source in settings.kv_sources:
+        host, _, port = source.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigurationError(f"--kv-from {source}: HOST:PORT is needed, another gang's control port")
     _check_communicator(settings, flags)
     if check_devices(settings, flags, count_devices=count_devices):
         settings = _share_devices(settings, flags)
