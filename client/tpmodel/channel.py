@@ -22,6 +22,16 @@ OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.http2.ping_timeout_ms", 10_000),
 ]
 
+WEIGHT_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A gang whose machine is gone is noticed while its answer is waited for.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+]
+"""Of those who call a gang's WeightService, whose messages name every tensor."""
+
 
 def options(server_name: str) -> list[tuple[str, int | str]]:
     """Channel options. server_name: what the server's certificate must be for, where that is not the target's host."""

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tpmodel_operator.api_types import LONGEST_TEXT, Model, SecretKey, Text, checked, must
+from tpmodel_operator.api_types import (
+    CLAIM_RULE,
+    FOLDER_RULE,
+    LONGEST_TEXT,
+    PATH_RULE,
+    Model,
+    SecretKey,
+    Text,
+    checked,
+    must,
+)
 from tpmodel_operator.engine_options import OPTION_RULES
 
 ModelUri = Annotated[
@@ -25,19 +35,13 @@ ModelUri = Annotated[
                 "self.matches('^hf://[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*$')",
                 "write hf://organisation/name, such as hf://Qwen/Qwen3-8B; a branch, tag or commit goes into revision",
             ),
-            must(
-                "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
-                "write pvc://claim/path, where claim is a PersistentVolumeClaim in this namespace",
-            ),
-            must(
-                "!self.startsWith('file://') || self.matches('^file:///[^/].*$')",
-                "write file:///path with three slashes: an absolute folder of the node, not its root",
-            ),
+            CLAIM_RULE,
+            FOLDER_RULE,
             must(
                 r"!self.startsWith('oci://') || self.matches('^oci://[A-Za-z0-9][^\\s]*$')",
                 "write oci://registry/image:tag or oci://registry/image@sha256:digest",
             ),
-            must(r"!self.matches('/\\.\\.?(/|$)')", "leave '.' and '..' parts out of the path"),
+            PATH_RULE,
         ),
     ),
 ]

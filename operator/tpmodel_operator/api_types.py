@@ -34,6 +34,18 @@ def checked(*rules: dict[str, Any]) -> dict[str, Any]:
     return {RULES: list(rules)}
 
 
+CLAIM_RULE = must(
+    "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
+    "write pvc://claim/path, where claim is a PersistentVolumeClaim in this namespace",
+)
+FOLDER_RULE = must(
+    "!self.startsWith('file://') || self.matches('^file:///[^/].*$')",
+    "write file:///path with three slashes: an absolute folder of the node, not its root",
+)
+PATH_RULE = must(r"!self.matches('/\\.\\.?(/|$)')", "leave '.' and '..' parts out of the path")
+"""What a place of files has to be, where its scheme is pvc:// or file://."""
+
+
 def keyed_by(key: str) -> dict[str, Any]:
     """Extra schema of a list whose items are told apart by one field: no duplicates, merged item by item."""
     return {LIST_TYPE: "map", LIST_KEYS: [key]}

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tpmodel_operator.api_kubernetes import NetworkPolicyPeer
-from tpmodel_operator.api_types import LONGEST_TEXT, Model, checked, must
+from tpmodel_operator.api_types import CLAIM_RULE, FOLDER_RULE, LONGEST_TEXT, PATH_RULE, Model, checked, must
 
 VolumeUri = Annotated[
     str,
@@ -18,15 +18,9 @@ VolumeUri = Annotated[
                 "self.size() == 0 || self.startsWith('pvc://') || self.startsWith('file://')",
                 "write pvc://claim/path, or file:///path (a folder of the node)",
             ),
-            must(
-                "!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
-                "write pvc://claim/path, where claim is a PersistentVolumeClaim in this namespace",
-            ),
-            must(
-                "!self.startsWith('file://') || self.matches('^file:///[^/].*$')",
-                "write file:///path with three slashes: an absolute folder of the node, not its root",
-            ),
-            must(r"!self.matches('/\\.\\.?(/|$)')", "leave '.' and '..' parts out of the path"),
+            CLAIM_RULE,
+            FOLDER_RULE,
+            PATH_RULE,
         ),
     ),
 ]

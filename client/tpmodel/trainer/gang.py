@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from tpmodel.channel import metadata
+from tpmodel.channel import WEIGHT_OPTIONS, metadata
 from tpmodel.trainer.errors import WeightUpdateError
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel.v1 import weights_pb2_grpc
@@ -16,14 +16,6 @@ from tpmodel_worker.weights.numbering import indexed_tensors
 from tpmodel_worker.weights.packing import TensorInfo
 
 _CALL_SECONDS = 60.0
-_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A gang whose machine is gone is noticed while the trainer waits for it.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-]
 
 
 class Gang:
@@ -31,7 +23,7 @@ class Gang:
 
     def __init__(self, target: str, token: str) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=WEIGHT_OPTIONS)
         self._stub = weights_pb2_grpc.WeightServiceStub(self._channel)
         self._metadata = metadata(token)
         self.device = ""

@@ -23,12 +23,7 @@ PROMPT = torch.randint(0, 512, (90,), generator=torch.Generator().manual_seed(3)
 SPARSE = {name: shape | WHOLE_EXPERTS for name, shape in ARCHITECTURES.items() if name in ("qwen3_moe", "qwen3_next")}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def logits(folder, world_size, *, expert_parallel=True):

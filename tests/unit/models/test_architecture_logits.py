@@ -10,13 +10,7 @@ from support.lockstep import LockstepWorld
 from support.oracle import Reference
 from support.shards import PagedSequences, load_shard, world_logits
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompt_tokens(lengths, vocabulary, seed=1):

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from tpmodel.channel import metadata
+from tpmodel.channel import WEIGHT_OPTIONS, metadata
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel.v1 import weights_pb2_grpc
 from tpmodel_worker.updater.layout import Layout
@@ -23,14 +23,6 @@ MAX_ERRORS = 5
 RETRY_SECONDS = 1.0
 _CALL_SECONDS = 60.0
 _FINISH_SECONDS = 3600.0
-_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A gang whose machine is gone is noticed while nothing is said.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-]
 
 _FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT)
 """What no second try changes."""
@@ -93,7 +85,7 @@ class Bridge:
         self._layout = layout
         self._publish = publish
         self._metadata = metadata(token)
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=WEIGHT_OPTIONS)
         self._stub = weights_pb2_grpc.WeightServiceStub(self._channel)
         self._ended = threading.Event()
         self._call_under_way: Any = None
