@@ -44,11 +44,18 @@ def test_what_happens_while_no_watch_works_is_found_afterwards_as_a_fresh_operat
     # Of the pod that was lost, or of the other one, which misses it: both have ended by now.
     assert gang["lastRestart"]["cause"] in ("ContainerEnded", "RestartRequested")
     sturdy.wait_ready()
+    # A gang is ready when its leader is; kubelet looks at the other pods when their turn comes.
+    sturdy.until(lambda: every_pod_is_ready(sturdy), what="every pod ready in its status")
     after = Before.of(sturdy)
     known = state(sturdy)
     operators.replace_leader(installed)
     assert state(sturdy) == known
     after.check_untouched()
+
+
+def every_pod_is_ready(model: DeployedModel) -> bool:
+    """Whether the operator has seen each pod ready."""
+    return all(pod["ready"] for gang in model.gangs() for pod in gang["pods"])
 
 
 def state(model: DeployedModel) -> Object:
