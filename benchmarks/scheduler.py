@@ -10,7 +10,8 @@ import time
 from statistics import median
 
 from tpmodel.v1 import worker_pb2
-from tpmodel_worker.engine.scheduler import Request, Scheduler, SchedulerConfig
+from tpmodel_worker.engine.requests import Request, SchedulerConfig
+from tpmodel_worker.engine.scheduler import Scheduler
 
 BATCH_SIZES = (1, 16, 64, 256)
 PLANS = 400

@@ -11,8 +11,17 @@ from zlib import crc32
 from support.simulated_rank import SimulatedRank, true_outputs
 from tpmodel.v1 import inference_pb2, worker_pb2
 from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
-from tpmodel_worker.engine.requests import DEADLINE_EXCEEDED, INTERNAL, RESOURCE_EXHAUSTED, UNAVAILABLE
-from tpmodel_worker.engine.scheduler import RefusedError, Request, Scheduler, SchedulerConfig, SequenceOutput
+from tpmodel_worker.engine.requests import (
+    DEADLINE_EXCEEDED,
+    INTERNAL,
+    RESOURCE_EXHAUSTED,
+    UNAVAILABLE,
+    RefusedError,
+    Request,
+    SchedulerConfig,
+    SequenceOutput,
+)
+from tpmodel_worker.engine.scheduler import Scheduler
 
 VOCABULARY = 9
 """Small, so that sequences stop early and share what they output."""

@@ -16,8 +16,8 @@ from tpmodel_worker.engine.errors import PoolError
 from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.pool import Pool
-from tpmodel_worker.engine.requests import QueueFullError, Request, SequenceOutput
-from tpmodel_worker.engine.scheduler import Scheduler, SchedulerConfig
+from tpmodel_worker.engine.requests import QueueFullError, Request, SchedulerConfig, SequenceOutput
+from tpmodel_worker.engine.scheduler import Scheduler
 from tpmodel_worker.engine.status import EngineStatus
 
 VOCABULARY = 50

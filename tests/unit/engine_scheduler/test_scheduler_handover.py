@@ -487,7 +487,7 @@ class RandomHandovers:
 
     def cancel(self) -> None:
         gang = self.random.choice(list(self.gangs.values()))
-        live = [key for key in self.requests if key in gang.scheduler._requests]
+        live = [key for key in self.requests if key in gang.scheduler._live]
         if live:
             key = self.random.choice(live)
             gang.scheduler.cancel(key)

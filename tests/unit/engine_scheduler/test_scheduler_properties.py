@@ -17,7 +17,7 @@ from support.scale import SCHEDULER_EVENTS, SCHEDULER_MACHINES, SCHEDULER_SEEDS
 from support.scheduler_driver import VOCABULARY, SchedulerDriver
 from support.simulated_rank import STOP_ID, true_outputs
 from tpmodel.v1 import worker_pb2
-from tpmodel_worker.engine.scheduler import Request, SchedulerConfig
+from tpmodel_worker.engine.requests import Request, SchedulerConfig
 
 
 def make_config(choices: random.Random) -> SchedulerConfig:

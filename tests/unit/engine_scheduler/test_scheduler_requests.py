@@ -8,8 +8,10 @@ import pytest
 
 from support.scheduler_driver import SchedulerDriver, small_config, small_request
 from tpmodel.v1 import inference_pb2, worker_pb2
-from tpmodel_worker.engine.requests import DEADLINE_EXCEEDED, INVALID_ARGUMENT, RESOURCE_EXHAUSTED
-from tpmodel_worker.engine.scheduler import (
+from tpmodel_worker.engine.requests import (
+    DEADLINE_EXCEEDED,
+    INVALID_ARGUMENT,
+    RESOURCE_EXHAUSTED,
     InvalidRequestError,
     NeverFitsError,
     ProtocolError,

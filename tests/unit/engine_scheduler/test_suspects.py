@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from support.scheduler_driver import SchedulerDriver, small_config, small_request
-from tpmodel_worker.engine.requests import INTERNAL
-from tpmodel_worker.engine.scheduler import Scheduler, SequenceOutput
+from tpmodel_worker.engine.requests import INTERNAL, SequenceOutput
+from tpmodel_worker.engine.scheduler import Scheduler
 
 POISON = "poison"
 PATIENCE = 60.0

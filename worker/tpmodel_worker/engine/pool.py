@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tpmodel.v1 import worker_pb2
-from tpmodel_worker.engine.abort import abort_everywhere
+from tpmodel_worker.engine.epoch_end import EpochEnd
 from tpmodel_worker.engine.errors import (
-    FATAL_KINDS,
     ChecksumError,
     PoolError,
     ProtocolError,
@@ -22,15 +20,10 @@ from tpmodel_worker.engine.errors import (
     StepDeadlineError,
     closed_before_reply,
 )
-from tpmodel_worker.engine.exchange import (
-    ControlExchange,
-    ControlRequest,
-    Patience,
-    ProgressCallback,
-    control_name,
-    wrap,
-)
-from tpmodel_worker.engine.plans import PlanTimes, PlanWindow
+from tpmodel_worker.engine.exchange import ControlRequest, Patience, ProgressCallback
+from tpmodel_worker.engine.plan_stream import PlanStream
+from tpmodel_worker.engine.plans import PlanTimes
+from tpmodel_worker.engine.rank_control import RankControl
 from tpmodel_worker.engine.session import RankChannel, RankEndpoint, Session
 from tpmodel_worker.engine.watch import watch_steps
 
@@ -77,24 +70,10 @@ class Pool:
         self.epoch = epoch
         self.world_size = len(channels)
         self._channels = channels
-        self._wake = wake
         self._timeouts = timeouts or PoolTimeouts()
-        self._window = PlanWindow(self.world_size, times)
-        self._next_seq = 1
-        self._settling_seq = 0
-        self._replies: deque[tuple[int, worker_pb2.GenerateStepOk]] = deque()
-        self._exchange: ControlExchange | None = None
-        self._control_turn = asyncio.Lock()
-        self._error: PoolError | None = None
+        self._plans = PlanStream(self.world_size, times, epoch=epoch, wake=wake)
         self._silence = 0.0
-        self._unconfirmed: frozenset[int] = frozenset()
-        self._silent: frozenset[int] = frozenset()
-        """Ranks that did not even answer Ping."""
-        self._abort: asyncio.Task[None] | None = None
-        self._leaving = False
         self._close: asyncio.Task[None] | None = None
-        # Set whenever plans, replies or faults change something; every waiter looks for itself.
-        self._news = asyncio.Event()
         self._sessions = [
             Session(
                 channel,
@@ -105,11 +84,16 @@ class Pool:
             )
             for channel in channels
         ]
+        drain = self._timeouts.drain
+        self._end = EpochEnd(channels, self._sessions, epoch=epoch, drain_seconds=drain)
+        self._control = RankControl(
+            self._sessions, self._plans, self._end, epoch=epoch, drain_seconds=drain, settle=self.settle
+        )
         watch = watch_steps(
-            self._window,
+            self._plans.window,
             channels,
             epoch=epoch,
-            sent=self._news,
+            sent=self._plans.news,
             ping_timeout=self._timeouts.ping,
             on_fault=self._on_step_deadline,
         )
@@ -132,39 +116,7 @@ class Pool:
         collective: ranks that wait for one that has failed do not come back
         by themselves, so the first failure aborts the epoch. Raises PoolError, once every rank is drained.
         """
-        async with self._control_turn:
-            return await self._control(requests, patience, collective, on_progress)
-
-    async def _control(
-        self,
-        requests: Sequence[ControlRequest],
-        patience: Patience,
-        collective: bool,
-        on_progress: ProgressCallback | None,
-    ) -> list[worker_pb2.SessionResponse]:
-        name = control_name(requests[0])
-        await self.settle()
-        seq = self._take_seq()
-        exchange = ControlExchange(type(requests[0]), seq, self.world_size, patience, on_progress)
-        self._exchange = exchange
-        try:
-            unsent = self._fan_out(exchange, requests)
-            late = await self._drain(exchange, collective)
-        finally:
-            self._exchange = None
-        if self._abort is None and not self._leaving:
-            self._note_lost_sessions(exchange)
-        if unsent or late or exchange.failures:
-            error = PoolError(f"{name} failed", engine=unsent or late, ranks=exchange.failures.values())
-            self._log_local_failure(error)
-            if self._abort is not None:
-                # Where the engine has found a fault meanwhile, that is the cause of all others.
-                found = self._error
-                self._error = error if found is None else found.with_ranks(error.ranks)
-                error = await self.failed()
-            raise error
-        self._window.passed(seq)
-        return [exchange.replies[rank] for rank in range(self.world_size)]
+        return await self._control.request(requests, patience, collective=collective, on_progress=on_progress)
 
     async def sanity_check(self, patience: Patience) -> None:
         """All-reduces ones and checks what every rank saw. Raises PoolError."""
@@ -178,7 +130,7 @@ class Pool:
         if wrong:
             engine = SanityCheckError(f"an all-reduce of ones should give {self.world_size} on every rank")
             error = PoolError("nccl_sanity_check failed", engine=engine, ranks=wrong)
-            self._log_local_failure(error)
+            self._end.log_cause(error)
             raise error
 
     async def clear_kv_cache(self, num_blocks: int) -> None:
@@ -208,61 +160,22 @@ class Pool:
         """Ends a KV transfer on every rank: nothing reads or writes its blocks any more. Raises AioRpcError."""
         await asyncio.gather(*(channel.cancel_kv_transfer(transfer, reason, timeout) for channel in self._channels))
 
-    def _fan_out(self, exchange: ControlExchange, requests: Sequence[ControlRequest]) -> Exception | None:
-        """Sends to every rank, whatever happens to the others; the first failure to send."""
-        first: Exception | None = None
-        for rank, request in enumerate(requests):
-            try:
-                self._sessions[rank].send(wrap(request, self.epoch, exchange.seq))
-            except SessionClosedError as error:
-                first = first or error
-                exchange.closed(rank, "")
-        return first
-
-    async def _drain(self, exchange: ControlExchange, collective: bool) -> Exception | None:
-        """Waits for every rank's final reply; the engine's own failure, if it had one."""
-        timeout: TimeoutError | None = None
-        while exchange.pending:
-            if self._abort is None and any(failure.closed or collective for failure in exchange.failures.values()):
-                self._begin_abort("; ".join(str(failure) for failure in exchange.failures.values()))
-                exchange.limit(self._timeouts.drain)
-            if await exchange.change():
-                continue
-            late = ", ".join(str(rank) for rank in sorted(exchange.pending))
-            if self._abort is None:
-                timeout = TimeoutError(f"no final reply to {exchange.name} in time from rank {late}")
-                self._begin_abort(str(timeout))
-                exchange.limit(self._timeouts.drain)
-            else:
-                for rank in sorted(exchange.pending):
-                    exchange.fail(RankFailure(rank, f"no reply within {self._timeouts.drain:g} s of the abort"))
-        return timeout
-
-    def _note_lost_sessions(self, exchange: ControlExchange) -> None:
-        """A session that ended after its reply is lost all the same, and with it the epoch."""
-        for session in self._sessions:
-            if session.closed:
-                exchange.failures.setdefault(session.rank, RankFailure(session.rank, "session closed", closed=True))
-        lost = [str(failure) for failure in exchange.failures.values() if failure.closed]
-        if lost:
-            self._begin_abort("; ".join(lost))
-
     # --------------------------------------------------------------------------------------- plans
 
     @property
     def next_seq(self) -> int:
         """The seq of the next request, whichever it is."""
-        return self._next_seq
+        return self._plans.next_seq
 
     @property
     def may_send_plan(self) -> bool:
         """Whether a plan may go out now: fewer than two outstanding, nobody too far behind, no fault."""
-        return self._error is None and self._exchange is None and self._window.may_send
+        return self._end.error is None and self._control.exchange is None and self._plans.window.may_send
 
     @property
     def error(self) -> PoolError | None:
         """The fault that ended this epoch; failed() waits for everybody's account of it."""
-        return self._error
+        return self._end.error
 
     @property
     def detection_seconds(self) -> float:
@@ -272,19 +185,13 @@ class Pool:
     @property
     def to_replace(self) -> list[RankEndpoint]:
         """After the abort: ranks that did not confirm it, or whose device is lost. Their processes are of no use."""
-        failures = self._error.ranks if self._error is not None else ()
-        broken = {failure.rank for failure in failures if failure.kind in FATAL_KINDS}
-        gone = {failure.rank for failure in failures if failure.exited}
-        return [self._channels[rank].endpoint for rank in sorted((self._unconfirmed | broken) - gone)]
+        return self._end.to_replace
 
     def send_plan(self, plan: worker_pb2.GenerateStepRequest) -> int:
         """Sends a plan to every rank as next_seq and returns its bytes; never waits. Needs may_send_plan."""
         if not self.may_send_plan:
             raise RuntimeError("a plan was sent while none may be")
-        seq = self._take_seq()
-        request = worker_pb2.SessionRequest(epoch=self.epoch, seq=seq, generate_step=plan).SerializeToString()
-        self._window.sent(seq, plan, time.monotonic())
-        self._news.set()
+        request = self._plans.begin(plan)
         for session in self._sessions:
             try:
                 session.send(request)
@@ -294,27 +201,25 @@ class Pool:
 
     def take_replies(self) -> list[tuple[int, worker_pb2.GenerateStepOk]]:
         """Rank 0's replies since the last call, with their seq, in order."""
-        replies = list(self._replies)
-        self._replies.clear()
-        return replies
+        return self._plans.take_replies()
 
     async def settle(self) -> None:
         """Returns once every rank has done everything that was sent. Raises PoolError after a fault."""
-        await self._until(lambda: self._window.may_send)
-        if not self._window.settled:
-            self._settling_seq = self._next_seq
-            self.send_plan(worker_pb2.GenerateStepRequest(steps=0, ack_now=True))
-        await self._until(lambda: self._window.settled)
+        window = self._plans.window
+        await self._until(lambda: window.may_send)
+        if not window.settled:
+            self.send_plan(self._plans.settling_plan())
+        await self._until(lambda: window.settled)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         # Bounded by the step deadline, which turns a silence into a fault.
         while True:
-            if self._error is not None:
+            if self._end.error is not None:
                 raise await self.failed()
             if condition():
                 return
-            self._news.clear()
-            await self._news.wait()
+            self._plans.news.clear()
+            await self._plans.news.wait()
 
     # ------------------------------------------------------------------------------------- replies
 
@@ -322,8 +227,8 @@ class Pool:
         stale = response.WhichOneof("response") == "error" and response.error.kind == worker_pb2.ERROR_KIND_STALE_EPOCH
         if response.epoch != self.epoch and not stale:
             logger.warning("rank %d answered for epoch %d", rank, response.epoch, extra={"epoch": self.epoch})
-        elif self._exchange is not None and response.seq == self._exchange.seq:
-            self._exchange.receive(rank, response)
+        elif (exchange := self._control.exchange) is not None and response.seq == exchange.seq:
+            exchange.receive(rank, response)
         else:
             self._on_plan_response(rank, response)
 
@@ -336,41 +241,27 @@ class Pool:
         elif which != "generate_step_ok":
             # The late end of a control request that has been given up: nobody waits for it.
             logger.warning("rank %d sent a late %s", rank, which, extra={"epoch": self.epoch, "seq": seq})
-        elif self._error is None:
+        elif self._end.error is None:
             self._on_step(rank, seq, response.generate_step_ok)
 
     def _on_step(self, rank: int, seq: int, reply: worker_pb2.GenerateStepOk) -> None:
         try:
-            if rank != 0:
-                self._window.acknowledged(rank, seq, reply, time.monotonic())
-            else:
-                self._window.answered(seq, reply, time.monotonic())
-                if seq != self._settling_seq:
-                    self._replies.append((seq, reply))
+            self._plans.answered(rank, seq, reply)
         except ChecksumError as error:
             self._fault("the ranks disagree", engine=error)
         except ProtocolError as error:
             self._fault("an answer does not fit the plans", engine=error)
-        self._notify()
+        self._plans.notify()
 
     def _on_closed(self, rank: int, detail: str) -> None:
-        if self._exchange is not None:
-            self._exchange.closed(rank, detail)
-        elif not self._leaving:
+        if self._control.exchange is not None:
+            self._control.exchange.closed(rank, detail)
+        elif not self._control.leaving:
             self._fault("a session has ended", ranks=[closed_before_reply(rank, detail)])
 
     def _on_step_deadline(self, error: StepDeadlineError, silent: Sequence[RankFailure]) -> None:
-        self._silent = frozenset(failure.rank for failure in silent)
+        self._end.silent = frozenset(failure.rank for failure in silent)
         self._fault("the ranks hang", engine=error, ranks=silent)
-
-    def _notify(self) -> None:
-        self._news.set()
-        self._wake()
-
-    def _take_seq(self) -> int:
-        seq = self._next_seq
-        self._next_seq += 1
-        return seq
 
     # -------------------------------------------------------------------------------------- the end
 
@@ -380,18 +271,18 @@ class Pool:
 
     def rank_exited(self, rank: int, pid: int, how: str) -> None:
         """A supervisor has seen the end of a process; nothing happens if it was not this epoch's."""
-        if self._leaving or self._channels[rank].endpoint.pid != pid:
+        if self._control.leaving or self._channels[rank].endpoint.pid != pid:
             return
         failure = RankFailure(rank, how, closed=True, exited=True)
-        if self._error is not None:
-            self._error = self._error.with_exit(failure)
-        elif self._exchange is None:
+        if self._end.error is not None:
+            self._end.process_ended(failure)
+        elif self._control.exchange is None:
             self._fault("a rank's process has ended", ranks=[failure])
 
     def rank_replaced(self, rank: int, pid: int) -> None:
         """A rank's process is this one now; nothing happens if it is this epoch's."""
         known = self._channels[rank].endpoint.pid
-        if pid != known and self._error is None and not self._leaving:
+        if pid != known and self._end.error is None and not self._control.leaving:
             self._fault(
                 "a rank has another process",
                 ranks=[RankFailure(rank, f"its process is {pid}, was {known}", closed=True, exited=True)],
@@ -399,11 +290,7 @@ class Pool:
 
     async def failed(self) -> PoolError:
         """Waits until every rank has left the epoch or was given up, and returns the whole error."""
-        if self._abort is not None:
-            await asyncio.shield(self._abort)
-        if self._error is None:
-            raise RuntimeError("the pool has not failed")
-        return self._error
+        return await self._end.failed()
 
     async def fails_within(self, seconds: float) -> bool:
         """Whether the epoch has ended by a fault, now or before the time is over."""
@@ -413,23 +300,20 @@ class Pool:
         except PoolError:
             return True
         except TimeoutError:
-            return self._error is not None
+            return self._end.error is not None
         raise AssertionError("nothing else ends the wait")
 
     async def abort(self, reason: str) -> None:
         """Ends the epoch on every rank, from outside whatever they are doing; bounded, idempotent."""
-        if self._error is None:
-            self._error = PoolError(f"aborted: {reason}")
-        self._begin_abort(reason)
-        await self.failed()
+        await self._end.abort(reason)
 
     async def shutdown(self) -> None:
         """Says Bye to every rank and closes the pool; bounded, idempotent. Failures are logged."""
-        if self._error is None and not self._leaving:
+        if self._end.error is None and not self._control.leaving:
             try:
                 async with asyncio.timeout(self._timeouts.shutdown):
                     await self.settle()
-                self._leaving = True
+                self._control.leaving = True
                 requests = [worker_pb2.ShutdownRequest()] * self.world_size
                 await self.control(requests, Patience(self._timeouts.shutdown))
             except PoolError as error:
@@ -440,49 +324,18 @@ class Pool:
 
     async def close(self) -> None:
         """Closes every session and channel; idempotent. Aborts nothing."""
-        self._leaving = True
+        self._control.leaving = True
         if self._close is None:
             self._close = asyncio.create_task(self._close_all(), name=f"close of epoch {self.epoch}")
         await asyncio.shield(self._close)
 
     async def _close_all(self) -> None:
         self._watcher.cancel()
-        if self._abort is not None:
-            await self._abort
+        await self._end.aborted()
         await asyncio.gather(*(session.close(self._timeouts.close) for session in self._sessions))
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     def _fault(self, what: str, *, engine: Exception | None = None, ranks: Sequence[RankFailure] = ()) -> None:
-        if self._error is not None:
-            # What a rank says because it was aborted is no news.
-            news = [
-                failure for failure in ranks if failure.kind != worker_pb2.ERROR_KIND_ABORTED and not failure.closed
-            ]
-            self._error = self._error.with_ranks(news)
-            return
-        self._error = PoolError(what, engine=engine, ranks=ranks)
-        self._silence = self._window.silence(time.monotonic())
-        self._log_local_failure(self._error)
-        self._begin_abort(str(self._error))
-        self._notify()
-
-    def _begin_abort(self, reason: str) -> None:
-        if self._abort is None:
-            self._abort = asyncio.create_task(self._abort_everywhere(reason), name=f"abort of epoch {self.epoch}")
-
-    async def _abort_everywhere(self, reason: str) -> None:
-        unconfirmed = await abort_everywhere(
-            self._channels,
-            self._sessions,
-            epoch=self.epoch,
-            reason=reason,
-            drain_seconds=self._timeouts.drain,
-            silent=self._silent,
-        )
-        self._unconfirmed = frozenset(failure.rank for failure in unconfirmed)
-        if self._error is not None:
-            self._error = self._error.with_ranks(unconfirmed)
-
-    def _log_local_failure(self, error: PoolError) -> None:
-        if error.engine is not None:
-            logger.warning("%s", error, exc_info=error.engine, extra={"epoch": self.epoch})
+        if self._end.fault(what, engine=engine, ranks=ranks):
+            self._silence = self._plans.window.silence(time.monotonic())
+            self._plans.notify()

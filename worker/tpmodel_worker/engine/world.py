@@ -25,7 +25,8 @@ from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.rebuild import Rebuilder, RebuildsSpentError
 from tpmodel_worker.engine.recovery import Recovery
 from tpmodel_worker.engine.replay import Replay
-from tpmodel_worker.engine.scheduler import Scheduler, SchedulerConfig
+from tpmodel_worker.engine.requests import SchedulerConfig
+from tpmodel_worker.engine.scheduler import Scheduler
 from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.engine.supervisors import Supervisors
 from tpmodel_worker.exit_codes import ExitCode
