@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.gang_pods import MODEL, TESTS, Gang, GangPod, running_gang
 from support.hub_server import COMMIT, HubServer
+from support.waiting import until
 from tpmodel import Client
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.supervisor.download import Download
@@ -56,13 +57,6 @@ def gang(tmp_path: Path, hub: HubServer) -> Iterator[Gang]:
     """Of one pod."""
     with one_pod_gang(tmp_path, hub) as gang:
         yield gang
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def downloading(pod: GangPod, at_least: int = 1) -> worker_pb2.GangStatusResponse:
@@ -124,14 +118,14 @@ def test_a_dead_pods_download_is_taken_over_by_another(tmp_path: Path, hub: HubS
     )
     command = [sys.executable, "-c", script, hub.endpoint, str(tmp_path)]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(TESTS)}) as dead:
-        until(lambda: hub.sent[WEIGHTS] > 1_000_000)
+        until(lambda: hub.sent[WEIGHTS] > 1_000_000, "mid-download", 120)
         other = Download(
             ModelSource("org", "model", "main"), tmp_path, Hub(hub.endpoint, ""), owner="other",
             stale_seconds=STALE_SECONDS,
         )  # fmt: skip
         taking_over = threading.Thread(target=other.run)
         taking_over.start()
-        until(lambda: "dead" in other.progress.waiting_for)
+        until(lambda: "dead" in other.progress.waiting_for, "the other one waits", 120)
         killed = time.monotonic()
         dead.kill()
     hub.pause_per_chunk = 0

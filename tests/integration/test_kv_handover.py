@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from support.checkpoints import ARCHITECTURES, make_checkpoint, random_prompts
-from support.handover import all_blocks_back, blocks_used, hand_over, make_server, start_all, stop_all, until
+from support.handover import all_blocks_back, blocks_used, hand_over, make_server, start_all, stop_all
+from support.waiting import until
 from tpmodel import Client, InvalidRequestError, TpmodelError
 from tpmodel.local import LocalServer
 

@@ -26,9 +26,9 @@ from support.handover import (
     start_all,
     status,
     stop_all,
-    until,
 )
 from support.kv_peers import Fetching, Keeper, layout_of
+from support.waiting import until
 from tpmodel import Client, Result, TpmodelError, UnavailableError
 from tpmodel.channel import RetryPolicy
 from tpmodel.local import LocalServer

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -17,6 +17,7 @@ import pytest
 
 from support.checkpoints import make_checkpoint
 from support.ended import still_running
+from support.waiting import until
 from tpmodel import Client, Result, TpmodelError
 from tpmodel.local import LocalServer, free_ports
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
@@ -161,7 +162,7 @@ def test_a_second_ctrl_c_ends_at_once(server: LocalServer) -> None:
     streaming = Streaming(server.target)
     family = descendants(server)
     server.process.send_signal(signal.SIGINT)
-    eventually(lambda: "finishing running requests" in server.output)
+    until(lambda: "finishing running requests" in server.output, "the drain has begun")
     started = time.monotonic()
 
     server.process.send_signal(signal.SIGINT)
@@ -191,10 +192,3 @@ def test_a_reader_of_the_output_that_goes_away_does_not_end_the_server(checkpoin
     finally:
         process.kill()
         process.wait(10)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from support.trainer import TrainedModel
-from support.updated_server import Served, eventually, prepare, raw_stream, serve
+from support.updated_server import Served, prepare, raw_stream, serve
+from support.waiting import until
 from tpmodel.local import LocalServer
 
 
@@ -71,8 +72,8 @@ def test_updates_are_kept_and_older_ones_removed_once_all_ranks_have_the_newer(k
         with served.connect() as trainer:
             served.update(trainer)
             served.update(trainer)
-        eventually(lambda: served.state().persisted_version == served.version, "the ranks have written it")
-        eventually(lambda: versions(kept) == [str(served.version)], "the older one is removed")
+        until(lambda: served.state().persisted_version == served.version, "the ranks have written it")
+        until(lambda: versions(kept) == [str(served.version)], "the older one is removed")
         names = sorted(path.name for path in (kept.model / str(served.version)).iterdir())
         assert names == ["rank-0.json", "rank-0.weights", "rank-1.json", "rank-1.weights"]
         assert metric(served.server, "tpmodel_persisted_weight_version") == served.version
@@ -92,7 +93,7 @@ def test_a_server_without_memory_comes_back_with_the_updated_weights(kept: Kept)
         kept.updates.write_text("in the way")
         with served.connect(mode="shadow") as trainer:
             served.update(trainer)
-        eventually(lambda: "Not a directory" in served.state().persist_error, "the failure is told")
+        until(lambda: "Not a directory" in served.state().persist_error, "the failure is told")
         assert metric(served.server, "tpmodel_weight_persist_failures_total") == 1
         assert served.ready()
         served.check()
@@ -100,9 +101,9 @@ def test_a_server_without_memory_comes_back_with_the_updated_weights(kept: Kept)
         aside.rename(kept.updates)
         with served.connect() as trainer:
             served.update(trainer)
-        eventually(lambda: served.state().persisted_version == served.version, "the next one is written")
+        until(lambda: served.state().persisted_version == served.version, "the next one is written")
         assert served.state().persist_error == ""
-        eventually(lambda: versions(kept) == [str(served.version)], "the older one is removed")
+        until(lambda: versions(kept) == [str(served.version)], "the older one is removed")
         kept.remember(served)
         kill(served.server)
 
@@ -133,7 +134,7 @@ def test_a_version_that_is_damaged_is_refused_and_the_checkpoint_not_served_for_
         except grpc.RpcError:
             return "not there yet"
 
-    eventually(lambda: condition() == "WeightsLost", "the loss is noticed", 90)
+    until(lambda: condition() == "WeightsLost", "the loss is noticed", 90)
     assert f"version {kept.version} is lost, the ranks have 0, 0" in refused.state().weights_message
     assert "is not what was written" in refused.server.output
     served = refused.served()
@@ -143,5 +144,5 @@ def test_a_version_that_is_damaged_is_refused_and_the_checkpoint_not_served_for_
     assert listening is not None
     assert raw_stream(listening[1], begun=False).result(30) == grpc.StatusCode.UNAVAILABLE
     refused.heal()
-    eventually(lambda: bool(refused.server.target), "the server is ready")
+    until(lambda: bool(refused.server.target), "the server is ready")
     refused.check()

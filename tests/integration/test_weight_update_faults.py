@@ -15,7 +15,8 @@ import torch
 
 from support.checkpoints import ARCHITECTURES, make_checkpoint
 from support.trainer import TOKEN, chooses
-from support.updated_server import GREEDY, PROMPTS, Served, eventually, serve
+from support.updated_server import GREEDY, PROMPTS, Served, serve
+from support.waiting import until
 from tpmodel import Client, Result
 from tpmodel.channel import metadata
 from tpmodel.trainer import Trainer, WeightUpdateError
@@ -43,7 +44,7 @@ def kill_a_rank(served: Served) -> None:
         now = served.state()
         return now.epoch > state.epoch and now.ready_ranks == 2
 
-    eventually(rebuilt, "the world is rebuilt", 60)
+    until(rebuilt, "the world is rebuilt", 60)
 
 
 def test_a_rank_that_dies_after_an_update_comes_back_with_the_updated_weights(served: Served) -> None:
@@ -176,7 +177,7 @@ def test_updates_under_load_at_four_ranks(tmp_path: Path, tp: int) -> None:
                 with served.connect(buffer_size=50_000, **options) as trainer:
                     served.update(trainer)
                     models[served.version] = copy.deepcopy(served.trained.model)
-                eventually(lambda: load.has(served.version), "a request is all of the new weights", 60)
+                until(lambda: load.has(served.version), "a request is all of the new weights", 60)
         finally:
             load.end()
         served.check()

@@ -15,7 +15,8 @@ import torch
 
 from support.indexed_trainer import trained
 from support.trainer import TOKEN
-from support.updated_server import Served, eventually, raw_stream, serve
+from support.updated_server import Served, raw_stream, serve
+from support.waiting import until
 from tpmodel import Client
 from tpmodel.local import free_ports
 
@@ -35,7 +36,7 @@ class Exchange:
         updater += ["--token-file", str(token), "--log-format", "text", *options]
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(folder / "bridge")}
         self.updater = subprocess.Popen(updater, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
-        eventually((folder / "bridge" / "vllm_bridge_config.json").exists, "the names are published", 60)
+        until((folder / "bridge" / "vllm_bridge_config.json").exists, "the names are published", 60)
         command = [sys.executable, "-m", "support.indexed_trainer", str(folder / "bridge")]
         self.trainer = subprocess.Popen(
             [*command, str(port), str(1 + served.ranks)],
@@ -75,7 +76,7 @@ class Exchange:
             for name, parameter in self.served.trained.model.named_parameters():
                 parameter.copy_(trained(name, parameter.shape, seed))
         version = self.served.next_version()
-        eventually(lambda: self.served.served().version == version, f"version {version} is served")
+        until(lambda: self.served.served().version == version, f"version {version} is served")
 
     def end(self) -> tuple[int, str]:
         """Of the updater: its exit code and what it wrote."""
@@ -111,7 +112,7 @@ def test_no_step_sees_half_a_set_and_the_version_moves_after_the_whole_one(serve
     with Exchange(served, tmp_path) as exchange:
         before = served.version
         exchange.order("some", 3, 10)
-        eventually(lambda: not served.served().HasField("version"), "the set has begun")
+        until(lambda: not served.served().HasField("version"), "the set has begun")
         waiting = raw_stream(served.server.target, begun=False)
         exchange.order("index", -1)
         assert not waiting.done()
@@ -140,7 +141,7 @@ def test_a_trainer_that_ends_in_the_middle_leaves_no_version(
     """U34, U35: the updater says so and ends; a full set heals the gang."""
     with Exchange(served, tmp_path) as exchange:
         exchange.order("some", 7, 10)
-        eventually(lambda: not served.served().HasField("version"), "the set has begun")
+        until(lambda: not served.served().HasField("version"), "the set has begun")
         exchange.order(*(("index", -2) if order == "stop" else ("die",)))
         code, text = exchange.end()
         assert code == 1

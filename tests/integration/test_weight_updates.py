@@ -19,7 +19,8 @@ import torch
 
 from support.scale import WEIGHT_UPDATES
 from support.trainer import TOKEN, chooses
-from support.updated_server import PROMPTS, TOKENS, Served, Stream, eventually, raw_stream, serve
+from support.updated_server import PROMPTS, TOKENS, Served, Stream, raw_stream, serve
+from support.waiting import until
 from tpmodel.channel import metadata
 from tpmodel.trainer import Trainer, UpdateOptions, UpdateOrderError, WeightUpdateError, connect
 from tpmodel.v1 import weights_pb2 as pb
@@ -114,7 +115,7 @@ class TestRunningRequests:
             stream = self.begin(two_ranks)
             updating = threading.Thread(target=two_ranks.send, args=(trainer,), kwargs={"running": "finish"})
             updating.start()
-            eventually(lambda: self.waits(two_ranks), "the update has begun to wait")
+            until(lambda: self.waits(two_ranks), "the update has begun to wait")
             late = Stream(two_ranks.server.target, PROMPTS[1], TOKENS)
             updating.join(60)
             assert not updating.is_alive()
@@ -267,7 +268,7 @@ class TestFailures:
             served.update(trainer)
         served.check()
         assert served.state().weights_condition == ""
-        eventually(served.ready, "the server is ready again")
+        until(served.ready, "the server is ready again")
 
     def break_off(self, served: Served, trainer: Trainer, *, fails: bool = True) -> None:
         """An update that ends with a few of its tensors sent."""
@@ -285,7 +286,7 @@ class TestFailures:
         assert not version.HasField("version")
         assert version.reason == "WeightsIncomplete"
         assert served.state().weights_condition == "WeightsIncomplete"
-        eventually(lambda: not served.ready(), "the server is not ready")
+        until(lambda: not served.ready(), "the server is not ready")
         assert raw_stream(served.server.target, begun=False).result(10) == grpc.StatusCode.UNAVAILABLE
 
     def test_shadow_serves_the_old_version_on(self, two_ranks: Served) -> None:
@@ -316,7 +317,7 @@ class TestFailures:
             assert process.stdout is not None
             assert process.stdout.readline() == "half\n"
             process.kill()
-        eventually(lambda: "the trainer has gone" in two_ranks.served().message, "the trainer's death is noticed", 10)
+        until(lambda: "the trainer has gone" in two_ranks.served().message, "the trainer's death is noticed", 10)
         assert two_ranks.served().reason == "WeightsIncomplete"
         two_ranks.heal()
         two_ranks.check()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from support.waiting import until
 from tpmodel import Client, Result
 from tpmodel.local import LocalServer
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
@@ -70,15 +69,9 @@ def blocks_used(server: LocalServer) -> int:
     return status(server).engine.kv_blocks_used
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
-    """Waits for it."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.05)
-
-
 def all_blocks_back(*servers: LocalServer) -> None:
     """Nothing is held any more."""
     for server in servers:
-        until(lambda server=server: blocks_used(server) == 0, f"all blocks back, {blocks_used(server)} are used")
+        until(
+            lambda server=server: blocks_used(server) == 0, f"all blocks back, {blocks_used(server)} are used", SECONDS
+        )

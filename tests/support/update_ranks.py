@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,13 +97,6 @@ class Rank:
     def parameters(self) -> dict[str, torch.Tensor]:
         assert self.loaded is not None
         return {name: parameter.clone() for name, parameter in self.loaded.model.named_parameters()}
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.005)
 
 
 class World:

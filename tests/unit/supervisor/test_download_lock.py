@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support.waiting import until
 from tpmodel_worker.supervisor.download_lock import DownloadLock
 
 
@@ -19,13 +19,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -134,7 +127,7 @@ def test_a_holder_finds_out_that_it_was_taken_for_dead_and_leaves_the_new_lock_a
     path.unlink()
     other = DownloadLock(path, "other")
     assert other.try_acquire()
-    until(lambda: stopped.lost)
+    until(lambda: stopped.lost, "the loss is noticed")
     stopped.release()
     assert json.loads(path.read_text())["owner"] == "other"
     other.release()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.update_ranks import CPU, HOST, Rank, Weights, World, open_world, refusal, until
+from support.update_ranks import CPU, HOST, Rank, Weights, World, open_world, refusal
+from support.waiting import until
 from tpmodel.v1 import weights_pb2
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.comm.communicator import CommunicatorAbortedError, CommunicatorError
@@ -62,8 +63,11 @@ class IndexedTrainer:
 
     def wait(self) -> list[str]:
         """Waits for the ranks' threads; their errors."""
-        until(lambda: all(rank.status.done and rank.status.step == self.steps for rank in self.ranks))
+        until(self._done, "the ranks' threads are done")
         return [rank.status.error for rank in self.ranks]
+
+    def _done(self) -> bool:
+        return all(rank.status.done and rank.status.step == self.steps for rank in self.ranks)
 
     def each(self, **step: object) -> None:
         for rank in self.ranks:
@@ -191,7 +195,7 @@ class TestIndices:
             threading.Event().wait(0.3)
             trainer.sender.heartbeat()
         assert not rank.status.done
-        until(lambda: rank.status.signs == 8)
+        until(lambda: rank.status.signs == 8, "eight signs")
         trainer.sender.stop()
         assert trainer.wait() == [""]
 
@@ -215,7 +219,7 @@ class TestWhole:
         trainer.receive()
         for _ in range(len(trainer.set.names)):
             trainer.sender.send(first, weights[first])
-        until(lambda: rank.status.received_bytes > 0)
+        until(lambda: rank.status.received_bytes > 0, "the first bytes")
         assert not rank.status.done
         assert (rank.version, rank.updates.whole) == (None, False)
         for name in others:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.update_ranks import CPU, Rank, World, open_world, until
+from support.update_ranks import CPU, Rank, World, open_world
+from support.waiting import until
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
@@ -112,7 +113,7 @@ class TestRanks:
         world.arenas.update_manifest(completed_manifest(manifest, rank.loaded.arena, digests, version=version))
         rank.replace_weights(arena=rank.loaded.arena, digest=0, version=version)
         rank.updates.keep(str(folder))
-        until(lambda: rank.persisted.version == version)
+        until(lambda: rank.persisted.version == version, "the file is written")
         return rank
 
     def test_it_loads_the_version_with_its_digests_instead_of_the_checkpoint(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.update_ranks import CPU, HOST, TOKEN, Rank, Weights, World, open_world, refusal, until
+from support.update_ranks import CPU, HOST, TOKEN, Rank, Weights, World, open_world, refusal
+from support.waiting import until
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas import host as host_memory
 from tpmodel_worker.arenas.errors import ArenaMemoryError
@@ -53,8 +54,11 @@ class Trainer:
 
     def wait(self) -> list[str]:
         """Waits for the ranks' threads; their errors."""
-        until(lambda: all(rank.status.done and rank.status.step == self.steps for rank in self.ranks))
+        until(self._done, "the ranks' threads are done")
         return [rank.status.error for rank in self.ranks]
+
+    def _done(self) -> bool:
+        return all(rank.status.done and rank.status.step == self.steps for rank in self.ranks)
 
     def begin(self, *, shadow: bool = False) -> None:
         for rank in self.ranks:
@@ -218,7 +222,7 @@ class TestChecks:
         (rank,) = world.ranks(1)
         with pytest.raises(CommunicatorError):
             Trainer([rank], token="another")
-        until(lambda: rank.status.done)
+        until(lambda: rank.status.done, "the rank gives up")
         assert "another token" in rank.status.error
         assert "init comes first" in refusal(lambda: rank.step(begin=pb.BeginUpdate()))[1]
 
