@@ -32,7 +32,7 @@ import psutil
 from benchmarks import scale_cluster, scale_load
 from benchmarks.scale_cluster import ScaleCluster
 from benchmarks.scale_load import PodWatch
-from tests.cluster.apiserver import free_ports
+from tpmodel.local import free_ports
 from tpmodel_operator.kube import MODELS, Kube
 
 NAMESPACE = "scale"

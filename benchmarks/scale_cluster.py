@@ -13,9 +13,10 @@ from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.kube_config import load_kube_config
 
 from tests.cluster import binaries
-from tests.cluster.apiserver import ApiServer, free_ports
+from tests.cluster.apiserver import ApiServer
 from tests.cluster.controllers import Controllers
 from tests.cluster.processes import Daemon
+from tpmodel.local import free_ports
 from tpmodel_operator import crd
 from tpmodel_operator.kube import MODELS, NODES, ApiError, Json, Kube, Resource
 from tpmodel_operator.metrics import Metrics

@@ -8,6 +8,8 @@ Needs the worker extra: it runs `tpmodel serve` as a process of its own.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import signal
 import socket
@@ -20,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+_PORTS = range(10_000, 30_000)
+"""Above servers' usual ports, and below what Linux (32768 and up) and others choose by themselves."""
 READY = re.compile(r"ready: grpc (?P<grpc>\S+) http (?P<http>\S+)")
 
 
@@ -33,15 +37,19 @@ class ServerFailedError(Exception):
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on at present."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Different ports of loopback that nobody listens on at present.
+
+    They are none of those that the system itself chooses, for connections and for port 0: so nobody gets one of them
+    by chance before the caller listens, and no client that tries one too early gets connected to itself.
+    """
+    chosen: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        if len(chosen) == count:
+            return chosen
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            chosen.append(port)
+    raise OSError(f"no {count} ports between {_PORTS.start} and {_PORTS.stop} are free")
 
 
 class LocalServer:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import socket
 import ssl
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tpmodel.local import free_ports
 
 from . import binaries, kubeconfig
 from .certificates import Authority, Certificate
@@ -194,15 +195,6 @@ def _started(folder: Path, flags: tuple[str, ...]) -> ApiServer:
         else:
             return api
     raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that are free on loopback now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
 
 
 def _get_status(url: str, authority: Certificate, user: Certificate) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tpmodel.local import free_ports
+
 from . import binaries
-from .apiserver import ApiServer, free_ports
+from .apiserver import ApiServer
 from .processes import Daemon
 
 NODE_GRACE_PERIOD = "16s"

@@ -22,6 +22,7 @@ import pytest
 from support.chart import CHART, NAMESPACE, RELEASE, helm, one, rendered
 from support.crd_server import MODELS, KubeApi, RefusedError, tpmodel
 from tests.cluster import apiserver
+from tpmodel.local import free_ports
 
 # helm is built on a machine's first run.
 pytestmark = pytest.mark.timeout(1800)
@@ -35,7 +36,7 @@ def operator(server: KubeApi, folder: Path, values: dict[str, Any], release: str
     """The operator with the chart's command line and the rights of its account; gives the URL of its metrics."""
     deployment = one(rendered(values, release=release), "Deployment")
     pod = deployment["spec"]["template"]["spec"]
-    health, metrics = apiserver.free_ports(2)
+    health, metrics = free_ports(2)
     ports = {"--health-port": health, "--metrics-port": metrics}
     arguments = [flag for flag in pod["containers"][0]["args"] if flag.partition("=")[0] not in ports]
     arguments += [f"{flag}={port}" for flag, port in ports.items()]

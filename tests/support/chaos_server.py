@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,7 @@ import psutil
 
 from support.chaos_rank import FOLDER, order_file, poison_file
 from support.ended import still_running
+from tpmodel.local import free_ports
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_worker.settings import ServeSettings
 
@@ -30,9 +29,6 @@ WAIT_SECONDS = 180.0
 _TESTS = Path(__file__).parents[1]
 _PROGRAM = "from support.chaos_server import program; program()"
 _ARENA = re.compile(r"^/memfd:tpmodel (.*) \(deleted\)$")
-# Below the ports that the kernel gives to outgoing connections: a client that tries a port where nobody listens
-# could otherwise get connected to itself.
-_PORTS = range(15_000, 32_000)
 _CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
 
 
@@ -56,20 +52,6 @@ def program() -> None:
     sys.exit(asyncio.run(run_supervisor(settings, on_event=on_event, entries=entries)))
 
 
-def _free_ports(count: int) -> list[int]:
-    found: list[int] = []
-    while len(found) < count:
-        port = random.choice(_PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return found
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Footprint:
     """What the server's processes hold of the machine; equal before and after faults, once nothing runs."""
@@ -89,7 +71,7 @@ class ChaosServer:
         """changes: to the settings."""
         self.folder = folder
         self._runtime = tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp")
-        port, http, control, health, metrics = _free_ports(5)
+        port, http, control, health, metrics = free_ports(5)
         settings = ServeSettings(
             model_path=str(checkpoint),
             model_id="chaos",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.cluster.apiserver import free_ports
+from tpmodel.local import free_ports
 
 COMMAND = [sys.executable, "-c", "from tpmodel_operator.main import main; main()"]
 IMAGE = "registry.example/tpmodel-worker:test"
