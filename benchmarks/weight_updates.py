@@ -128,7 +128,7 @@ def bare_member(rank: int, size: int, port: int, device_name: str, backend: str,
         rank=rank,
         size=size,
         device=device,
-        token=TOKEN,
+        key=TOKEN,
         address=HOST,
         backend=backend,
         timeout_seconds=SECONDS,
@@ -281,7 +281,7 @@ def main() -> None:
         make_model(folder, shape)
         token = folder / "token"
         token.write_text(TOKEN)
-        options += ["--token-file", str(token)]
+        options += ["--trainer-token-file", str(token)]
         with LocalServer(
             folder, tp=arguments.tp, device=arguments.device, options=options, environment=environment
         ) as server:

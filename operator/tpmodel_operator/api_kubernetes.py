@@ -36,6 +36,7 @@ RESERVED_VOLUMES = (
     "temporary",
     "attempt",
     "token",
+    "trainer-token",
     "api-key",
     "tls",
     "persisted-updates",

@@ -224,9 +224,9 @@ class Auth(Model):
     """A Secret of type kubernetes.io/tls: the client ports, gRPC and HTTP, then speak TLS; a renewed certificate is
     taken up while they serve. Left out: plain text inside the cluster's network."""
     trainer_token: SecretKey | None = None
-    """Secret key with the token that trainers of live weight updates present. It is the secret of all gangs of this
-    TPModel, so whoever has it may command their ranks. Left out: each gang has a token of its own, which nobody is
-    told. Changing it is a rollout."""
+    """Secret key with the token that trainers of live weight updates present; it lets them do nothing else. Left out:
+    the gangs take no updates. A changed value in the Secret is taken up while they serve; naming another Secret or key
+    is a rollout."""
 
 
 class PodTemplate(Model):

@@ -68,12 +68,12 @@ async def test_sigterm_does_not_wait_for_ever() -> None:
 
 
 async def test_a_key_is_needed_on_both_ports_where_one_is_set() -> None:
-    async with api_under_test(replies([5]), api_key="secret") as api:
+    async with api_under_test(replies([5]), api_key="secret", token="the gang's") as api:
         async with grpc.aio.insecure_channel(api.target) as channel, httpx.AsyncClient(base_url=api.http) as http:
             stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
             request = inference_pb2.GetModelInfoRequest()
-            for metadata in ((), (("authorization", "Bearer wrong"),)):
-                with pytest.raises(grpc.aio.AioRpcError) as error:
+            for metadata in ((), (("authorization", "Bearer the gang's"),), (("authorization", "Bearer trainers'"),)):
+                with pytest.raises(grpc.aio.AioRpcError, match="InferenceService takes the API key") as error:
                     await stub.GetModelInfo(request, metadata=metadata)
                 assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
             info = await stub.GetModelInfo(request, metadata=(("authorization", "Bearer secret"),))

@@ -1,4 +1,4 @@
-"""The ports inside a gang whose numbers nobody knows beforehand: health for anybody, reflection with the token."""
+"""The ports inside a gang whose numbers nobody knows beforehand: health for anybody, all else with the gang's token."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def check(port: int, token: str, service: str) -> None:
             response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
         )
         question = reflection_pb2.ServerReflectionRequest(list_services="")
-        with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
-            list(reflection(iter([question]), timeout=10))
+        for metadata in ((), token_metadata("the trainer's"), token_metadata("the clients'")):
+            with pytest.raises(grpc.RpcError, match="takes the gang's own token") as refused:
+                list(reflection(iter([question]), timeout=10, metadata=metadata))
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED  # pyright: ignore[reportAttributeAccessIssue]
         (listed,) = reflection(iter([question]), timeout=10, metadata=token_metadata(token))
     assert service in [entry.name for entry in listed.list_services_response.service]
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from support.trainer import TrainedModel
-from support.updated_server import Served, prepare, raw_stream, serve
+from support.updated_server import TOKEN_FILE, Served, prepare, raw_stream, serve
 from support.waiting import until
 from tpmodel.local import LocalServer
 
@@ -118,8 +118,9 @@ def refused(kept: Kept) -> Iterator[Served]:
     server = prepare(kept.folder, 2, *options(kept), checkpoint=kept.folder / "checkpoint")
     server.launch()
     try:
+        checkpoint = kept.folder / "checkpoint"
         yield Served(
-            server, TrainedModel(kept.folder / "checkpoint"), kept.folder / "checkpoint", kept.version, ranks=2
+            server, TrainedModel(checkpoint), checkpoint, kept.folder / TOKEN_FILE, version=kept.version, ranks=2
         )
     finally:
         server.stop()

@@ -21,6 +21,7 @@ from tpmodel import Client, Result
 from tpmodel.channel import metadata
 from tpmodel.trainer import Trainer, WeightUpdateError
 from tpmodel.v1 import weights_pb2 as pb
+from tpmodel_worker.auth import update_group_key
 from tpmodel_worker.comm.rendezvous import start_store
 from tpmodel_worker.weights.broadcast import Broadcaster
 from tpmodel_worker.weights.group import join_update_group
@@ -114,7 +115,7 @@ class TestReplies:
                 rank=0,
                 size=3,
                 device=torch.device("cpu"),
-                token=TOKEN,
+                key=update_group_key(TOKEN, HOST, store.port),
                 address=HOST,
                 timeout_seconds=30,
                 deadline_seconds=30,

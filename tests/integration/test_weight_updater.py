@@ -33,7 +33,7 @@ class Exchange:
         token = folder / "token"
         token.write_text(TOKEN)
         updater = [sys.executable, "-m", "tpmodel_worker.updater", "--gang", served.server.control_target]
-        updater += ["--token-file", str(token), "--log-format", "text", *options]
+        updater += ["--trainer-token-file", str(token), "--log-format", "text", *options]
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(folder / "bridge")}
         self.updater = subprocess.Popen(updater, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
         until((folder / "bridge" / "vllm_bridge_config.json").exists, "the names are published", 60)
@@ -165,7 +165,7 @@ def test_a_trainer_that_does_not_come_is_an_error_without_a_traceback(served: Se
     token = tmp_path / "token"
     token.write_text(TOKEN)
     command = [sys.executable, "-m", "tpmodel_worker.updater", "--gang", served.server.control_target]
-    command += ["--token-file", str(token), "--master-address", "127.0.0.1", "--master-port", "1"]
+    command += ["--trainer-token-file", str(token), "--master-address", "127.0.0.1", "--master-port", "1"]
     command += ["--join-timeout", "1", "--max-errors", "1", "--log-format", "text"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1

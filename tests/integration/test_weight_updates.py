@@ -197,9 +197,21 @@ class TestOrder:
                 trainer.send_weights(two_ranks.trained.weights, version=0)
         two_ranks.check()
 
-    def test_a_call_without_the_token_is_refused(self, two_ranks: Served) -> None:
-        with pytest.raises(WeightUpdateError, match="bearer token"):
+    def test_a_trainer_with_another_token_is_refused(self, two_ranks: Served) -> None:
+        with pytest.raises(WeightUpdateError, match="takes the trainer's token"):
             connect(two_ranks.server.control_target, token="another")
+
+    def test_a_new_trainers_token_needs_no_restart(self, two_ranks: Served) -> None:
+        """The ranks are told what to prove for each group."""
+        two_ranks.token_file.write_text("a new one")
+        try:
+            with pytest.raises(WeightUpdateError, match="UNAUTHENTICATED"):
+                two_ranks.connect()
+            with connect(two_ranks.server.control_target, token="a new one") as trainer:
+                two_ranks.update(trainer)
+        finally:
+            two_ranks.token_file.write_text(TOKEN)
+        two_ranks.check()
 
     def test_a_trainer_may_be_closed_twice_and_cannot_update_then(self, two_ranks: Served) -> None:
         """E46: the group is aborted, the gang serves on."""

@@ -13,7 +13,7 @@ import grpc
 
 from support.simulated_rank import SimulatedRank
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 from tpmodel_worker.engine.session import RankChannel, RankEndpoint
 
 TOKEN = "gang-secret"
@@ -70,7 +70,7 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
     async def start(self) -> None:
         """Serves on a free port."""
         options = [("grpc.http2.min_ping_interval_without_data_ms", 1000), ("grpc.so_reuseport", 0)]
-        self._server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)], options=options)
+        self._server = grpc.aio.server(interceptors=[TokenInterceptor(Expected.gang_token(TOKEN))], options=options)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()

@@ -11,7 +11,7 @@ import grpc
 
 from support.fake_rank import TOKEN, FakeGang, FakeRank
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 
 
 class FakeSupervisor(worker_pb2_grpc.SupervisorServiceServicer):
@@ -30,7 +30,7 @@ class FakeSupervisor(worker_pb2_grpc.SupervisorServiceServicer):
 
     async def start(self) -> None:
         """Serves on a free port."""
-        self._server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
+        self._server = grpc.aio.server(interceptors=[TokenInterceptor(Expected.gang_token(TOKEN))])
         worker_pb2_grpc.add_SupervisorServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()

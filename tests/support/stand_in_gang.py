@@ -9,7 +9,7 @@ import grpc
 
 from support.stand_ins import note
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 from tpmodel_worker.settings import ServeSettings
 
 
@@ -54,7 +54,7 @@ async def serve_gang(
     settings: ServeSettings, instance: str, registered: list[worker_pb2.RegisterRequest]
 ) -> grpc.aio.Server:
     """Serves it on the control port."""
-    server = grpc.aio.server(interceptors=[TokenInterceptor(settings.token)])
+    server = grpc.aio.server(interceptors=[TokenInterceptor(Expected.gang_token(settings.token))])
     worker_pb2_grpc.add_GangServiceServicer_to_server(_GangService(instance, registered), server)
     server.add_insecure_port(f"{settings.address}:{settings.control_port}")
     await server.start()

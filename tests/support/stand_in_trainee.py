@@ -15,6 +15,7 @@ import torch
 
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel.v1 import weights_pb2_grpc
+from tpmodel_worker.auth import update_group_key
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.weights.broadcast import Broadcaster
 from tpmodel_worker.weights.group import join_update_group
@@ -78,7 +79,7 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
             rank=update_rank(gang_index=request.gang_index, world_size=1, rank=0, offset=request.rank_offset),
             size=request.world_size,
             device=torch.device("cpu"),
-            token=self._token,
+            key=update_group_key(self._token, request.master_address, request.master_port),
             address=self._address,
             timeout_seconds=request.timeout_seconds,
             deadline_seconds=request.deadline_seconds,

@@ -30,7 +30,7 @@ from tpmodel_worker.weights.updates import WeightUpdates
 
 CPU = torch.device("cpu")
 HOST = "127.0.0.1"
-TOKEN = "secret"
+KEY = "secret"
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -56,7 +56,6 @@ class Rank:
             device=CPU,
             arenas=arenas,
             shard=self,
-            token=TOKEN,
             address=HOST,
             report=lambda status: setattr(self, "status", status),
             persister=Persister(rank, lambda status: setattr(self, "persisted", status)),

@@ -24,6 +24,7 @@ from tpmodel.v1 import inference_pb2, inference_pb2_grpc, weights_pb2_grpc, work
 from tpmodel.v1 import weights_pb2 as pb
 
 TOKENS = 24
+TOKEN_FILE = "trainer-token"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 PROMPTS = random_prompts(4, shortest=5, longest=40, vocabulary=512, seed=3)
 
@@ -35,6 +36,7 @@ class Served:
     server: LocalServer
     trained: TrainedModel
     checkpoint: Path
+    token_file: Path
     version: int = 0
     ranks: int = 1
 
@@ -106,7 +108,7 @@ def serve(folder: Path, tp: int, *further: str, checkpoint: Path | None = None) 
     """further: options of `tpmodel serve`. The folder may have been served from before."""
     checkpoint = checkpoint or prepare_checkpoint(folder, tp)
     with prepare(folder, tp, *further, checkpoint=checkpoint) as server:
-        yield Served(server, TrainedModel(checkpoint), checkpoint, ranks=tp)
+        yield Served(server, TrainedModel(checkpoint), checkpoint, folder / TOKEN_FILE, ranks=tp)
 
 
 def prepare_checkpoint(folder: Path, tp: int) -> Path:
@@ -119,10 +121,10 @@ def prepare_checkpoint(folder: Path, tp: int) -> Path:
 
 def prepare(folder: Path, tp: int, *further: str, checkpoint: Path) -> LocalServer:
     """The server, not started yet."""
-    token_file = folder / "token"
+    token_file = folder / TOKEN_FILE
     token_file.write_text(f"{TOKEN}\n")
     options = ["--dtype", "float32", "--kv-cache-memory", "8M", "--log-format", "text"]
-    options += ["--token-file", str(token_file), *further]
+    options += ["--trainer-token-file", str(token_file), *further]
     # Threads of torch's own that wait for each other are slow where processors are few.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(environment))

@@ -352,8 +352,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"podTemplate": {"volumes": [{"name": "token", "emptyDir": {}}]}},
         "spec.podTemplate.volumes[0]",
         (
-            "names model, cache, runtime, shared-memory, temporary, attempt, token, api-key, tls, persisted-updates "
-            "belong to the worker's own volumes: write another name"
+            "names model, cache, runtime, shared-memory, temporary, attempt, token, trainer-token, api-key, tls, "
+            "persisted-updates belong to the worker's own volumes: write another name"
         ),
     ),
     "mount_without_volume": (

@@ -65,7 +65,9 @@ class ServeSettings:
     leader_host: str = ""
     """Name or IP of the leader pod, for the other pods."""
     token: str = ""
-    """The gang's secret; the supervisor draws one where it was given none."""
+    """The gang's secret, for its own processes; the supervisor draws one where it was given none."""
+    trainer_token_file: str = ""
+    """Holds the token that WeightService takes, and may change; empty: there are no weight updates."""
 
     persist_updates: str = ""
     """Folder that outlives the pods, where committed weights are kept; empty: nowhere."""

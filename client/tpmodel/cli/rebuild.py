@@ -13,6 +13,7 @@ import grpc
 
 from tpmodel.cli.common import readable_errors
 from tpmodel.errors import error_from
+from tpmodel.token_files import TokenFileError, read_token
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 
 _SOURCE = "user"
@@ -20,8 +21,8 @@ _SOURCE = "user"
 
 @click.command()
 @click.option("--target", default="127.0.0.1:9001", show_default=True, help="The control port, HOST:PORT.")
-@click.option("--token-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=None,
-              help="The gang's token; default: that of the server on this machine.")  # fmt: skip
+@click.option("--token-file", type=click.Path(path_type=Path), default=None,
+              help="The gang's own token; default: that of the server on this machine.")  # fmt: skip
 @click.option("--runtime-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("/tmp"),  # noqa: S108
               show_default=True, help="Where a server on this machine has its folder.")  # fmt: skip
 @click.option("--wait", type=click.FloatRange(min=0), default=60.0, show_default=True,
@@ -31,7 +32,10 @@ def rebuild(target: str, token_file: Path | None, runtime_dir: Path, wait: float
 
     Ranks keep their processes and weights; the KV cache is emptied.
     """
-    token = token_file.read_text(encoding="utf-8").strip() if token_file else _local_token(target, runtime_dir)
+    try:
+        token = read_token(token_file) if token_file else _local_token(target, runtime_dir)
+    except TokenFileError as error:
+        raise click.BadParameter(str(error), param_hint="--token-file") from error
     metadata = (("authorization", f"Bearer {token}"),)
     with readable_errors(target), grpc.insecure_channel(target) as channel:
         stub = worker_pb2_grpc.GangServiceStub(channel)

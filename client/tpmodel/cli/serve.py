@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from tpmodel.token_files import TokenFileError, read_token
+
 _UNITS = "kmgt"
 SIZE_UNITS = {"": 1} | {
     unit + suffix: base**power
@@ -77,8 +79,10 @@ class ByteSize(click.ParamType):
               help="Seconds of serving that give the whole rebuild limit back.")  # fmt: skip
 @click.option("--step-deadline", type=click.FloatRange(min=0), default=0.0,
               help="Least seconds before a step counts as hung; default: 5, on CPU 30.")  # fmt: skip
-@click.option("--token-file", type=click.Path(exists=True, dir_okay=False), default=None,
-              help="Holds the token of the control port; default: a random one.")  # fmt: skip
+@click.option("--token-file", type=click.Path(), default=None,
+              help="Holds the gang's own token; needed for --kv-from; default: a random one.")  # fmt: skip
+@click.option("--trainer-token-file", type=click.Path(), default=None,
+              help="Holds the token of trainers; default: there are no weight updates.")  # fmt: skip
 @click.option("--kv-from", multiple=True, metavar="HOST:PORT",
               help="Control port of a gang, with the same token, whose requests may go on here.")  # fmt: skip
 @click.option("--kv-transfer-deadline", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
@@ -155,12 +159,22 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         step_deadline=options["step_deadline"],
         kv_sources=options["kv_from"],
         kv_transfer_deadline=options["kv_transfer_deadline"],
-        token=Path(options["token_file"]).read_text().strip() if options["token_file"] else "",
+        token=_token("--token-file", options["token_file"]),
+        trainer_token_file=os.path.abspath(options["trainer_token_file"]) if options["trainer_token_file"] else "",  # noqa: PTH100
         persist_updates=os.path.abspath(options["persist_updates"]) if options["persist_updates"] else "",  # noqa: PTH100
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],
         runtime_dir=os.path.abspath(options["runtime_dir"]) if options["runtime_dir"] else "",  # noqa: PTH100
     )
+
+
+def _token(option: str, path: str | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return read_token(path)
+    except TokenFileError as error:
+        raise click.BadParameter(str(error), param_hint=option) from error
 
 
 def _checkpoint_folder(model: str, load_format: str) -> Path:

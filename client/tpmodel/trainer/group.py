@@ -14,6 +14,7 @@ from tpmodel.trainer.errors import WeightUpdateError
 from tpmodel.trainer.gang import Gang
 from tpmodel.trainer.options import UpdateOptions
 from tpmodel.v1 import weights_pb2 as pb
+from tpmodel_worker.auth import update_group_key
 from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
 from tpmodel_worker.comm.rendezvous import start_store
 from tpmodel_worker.weights.group import join_update_group
@@ -107,7 +108,7 @@ def _join(options: UpdateOptions, token: str, address: str, port: int, size: int
         rank=TRAINER,
         size=size,
         device=device,
-        token=token,
+        key=update_group_key(token, address, port),
         address=address,
         backend=options.backend,
         timeout_seconds=options.join_seconds,

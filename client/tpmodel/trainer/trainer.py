@@ -35,7 +35,7 @@ def connect(
     Args:
         targets: host:port of the control port of every gang's leader, or `dns:///host:port` for all gangs whose
             addresses the name has, in Kubernetes status.trainersUrl; gangs may then come and go between updates.
-        token: of the gangs.
+        token: the trainer's, which all the gangs know.
         options: the dataclass, or a dict of its fields.
 
     Raises:

@@ -66,6 +66,7 @@ def arguments(model: TPModel, gang: EnsureGang) -> list[str]:
         "cache-dir": volumes.CACHE_FOLDER,
         "attempt-file": f"{volumes.ATTEMPT_FOLDER}/{names.ATTEMPT_KEY}",
         "token-file": f"{volumes.TOKEN_FOLDER}/{names.TOKEN_KEY}",
+        "trainer-token-file": f"{volumes.TRAINER_TOKEN_FOLDER}/{names.TOKEN_KEY}" if spec.auth.trainer_token else "",
         "api-key-file": f"{volumes.API_KEY_FOLDER}/{volumes.API_KEY_FILE}" if spec.auth.api_key else "",
         "persist-updates": volumes.updates_path(model, gang),
         "tls-dir": volumes.TLS_FOLDER if spec.auth.tls_secret_name else "",

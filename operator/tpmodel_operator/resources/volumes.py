@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tpmodel_operator import defaults, names, weights
 from tpmodel_operator.actions import EnsureGang
-from tpmodel_operator.api import TPModel, TPModelSpec
+from tpmodel_operator.api import SecretKey, TPModel, TPModelSpec
 from tpmodel_operator.resources.objects import Object
 
 MODEL_FOLDER = "/model"
@@ -16,6 +16,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a mount of the pod's own
 TEMPORARY = "/tmp"  # noqa: S108 - a mount of the pod's own
 ATTEMPT_FOLDER = "/etc/tpmodel/attempt"
 TOKEN_FOLDER = "/etc/tpmodel/token"  # noqa: S105 - a path
+TRAINER_TOKEN_FOLDER = "/etc/tpmodel/trainer"  # noqa: S105 - a path
 API_KEY_FOLDER = "/etc/tpmodel/auth"
 TLS_FOLDER = "/etc/tpmodel/tls"
 UPDATES_FOLDER = "/persisted-updates"
@@ -50,13 +51,14 @@ def mounted(model: TPModel, gang: EnsureGang) -> list[Mounted]:
         Mounted({"name": "shared-memory", "emptyDir": {"medium": "Memory"}}, SHARED_MEMORY),
         Mounted({"name": "temporary", "emptyDir": {}}, TEMPORARY),
         Mounted(_attempt(gang), ATTEMPT_FOLDER, read_only=True),
-        Mounted(_token(spec, gang), TOKEN_FOLDER, read_only=True),
+        Mounted(_secret("token", names.token_secret(gang.name)), TOKEN_FOLDER, read_only=True),
         *_updates(spec),
     ]
     if spec.auth.api_key is not None:
-        volume = _secret("api-key", spec.auth.api_key.name)
-        volume["secret"]["items"] = [{"key": spec.auth.api_key.key, "path": API_KEY_FILE}]
-        found.append(Mounted(volume, API_KEY_FOLDER, read_only=True))
+        found.append(Mounted(_one_key("api-key", spec.auth.api_key, API_KEY_FILE), API_KEY_FOLDER, read_only=True))
+    if spec.auth.trainer_token is not None:
+        volume = _one_key("trainer-token", spec.auth.trainer_token, names.TOKEN_KEY)
+        found.append(Mounted(volume, TRAINER_TOKEN_FOLDER, read_only=True))
     if spec.auth.tls_secret_name:
         found.append(Mounted(_secret("tls", spec.auth.tls_secret_name), TLS_FOLDER, read_only=True))
     return found
@@ -125,18 +127,15 @@ def _updates(spec: TPModelSpec) -> list[Mounted]:
     return [Mounted({"name": "persisted-updates"} | source, UPDATES_FOLDER)]
 
 
-def _token(spec: TPModelSpec, gang: EnsureGang) -> Object:
-    """The gang's own, or the one that trainers have too: then one group of a trainer can join all gangs."""
-    shared = spec.auth.trainer_token
-    if shared is None:
-        return _secret("token", names.token_secret(gang.name))
-    volume = _secret("token", shared.name)
-    volume["secret"]["items"] = [{"key": shared.key, "path": names.TOKEN_KEY}]
-    return volume
-
-
 def _attempt(gang: EnsureGang) -> Object:
     return {"name": "attempt", "configMap": {"name": names.attempt_config_map(gang.name)}}
+
+
+def _one_key(name: str, key: SecretKey, file: str) -> Object:
+    """A volume with one key of a user's Secret, under this file's name."""
+    volume = _secret(name, key.name)
+    volume["secret"]["items"] = [{"key": key.key, "path": file}]
+    return volume
 
 
 def _secret(name: str, secret: str) -> Object:

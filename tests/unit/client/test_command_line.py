@@ -122,6 +122,19 @@ def test_serve_names_the_option_that_cannot_be(tmp_path: Path, option: str, valu
     assert option in output
 
 
+@pytest.mark.parametrize("command", ["serve", "rebuild"])
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("\n", "the file is empty")])
+def test_a_file_without_a_token_is_named(tmp_path: Path, command: str, content: str | None, message: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_text(content)
+    code, output = run(command, *([str(tmp_path)] if command == "serve" else []), "--token-file", str(file))
+    assert code == 2
+    assert "--token-file" in output
+    assert message in output
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("2T", 2 * 10**12), ("500", 500), ("2k", 2000), ("1.5Gi", 3 << 29), ("4 MiB", 4 << 20)]
 )

@@ -15,7 +15,11 @@ GANG = EnsureGang(name="m-0-abcde", index=0, revision="abcde", image="worker:1",
 def model() -> TPModel:
     spec = {
         "model": {"uri": "pvc://models/x", "secretRef": {"name": "hub", "key": "token"}},
-        "auth": {"apiKey": {"name": "key", "key": "k"}, "tlsSecretName": "tls"},
+        "auth": {
+            "apiKey": {"name": "key", "key": "k"},
+            "tlsSecretName": "tls",
+            "trainerToken": {"name": "trainer", "key": "k"},
+        },
         "weightUpdates": {"persistUpdates": "pvc://updates"},
     }
     return TPModel(name="m", namespace="n", uid="u", generation=1, spec=TPModelSpec.model_validate(spec))

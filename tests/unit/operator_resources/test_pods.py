@@ -405,13 +405,22 @@ def test_a_sidecar_starts_before_the_worker_outlives_its_drain_and_has_no_privil
 TRAINER = {"trainerToken": {"name": "trainer", "key": "secret"}}
 
 
-def test_without_trainers_a_gang_has_a_token_of_its_own():
-    assert volume("token")["secret"]["secretName"] == "chat-0-bcdfg-token"
+def test_a_gang_has_a_token_of_its_own_also_where_trainers_have_one():
+    for auth in ({}, TRAINER):
+        assert volume("token", auth=auth)["secret"]["secretName"] == "chat-0-bcdfg-token"
+        assert arguments(auth=auth)["token-file"] == "/etc/tpmodel/token/token"
 
 
-def test_the_token_of_trainers_is_that_of_all_gangs():
-    source = volume("token", auth=TRAINER)["secret"]
+def test_the_token_of_trainers_is_a_file_that_follows_its_secret():
+    source = volume("trainer-token", auth=TRAINER)["secret"]
     assert (source["secretName"], source["items"]) == ("trainer", [{"key": "secret", "path": names.TOKEN_KEY}])
+    mount = mounts(auth=TRAINER)["/etc/tpmodel/trainer"]
+    assert mount == {"name": "trainer-token", "mountPath": "/etc/tpmodel/trainer", "readOnly": True}
+    assert arguments(auth=TRAINER)["trainer-token-file"] == "/etc/tpmodel/trainer/token"
+
+
+def test_without_a_trainers_token_there_are_no_updates():
+    assert "trainer-token-file" not in arguments()
 
 
 def test_updates_are_not_kept_unless_that_is_asked_for():

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.leader_lookup import KnownLeader, Leader, NamedLeader
@@ -63,7 +63,7 @@ class Engine(worker_pb2_grpc.GangServiceServicer):
 
 @contextlib.asynccontextmanager
 async def serving(engine: Engine, port: int = 0, address: str = "127.0.0.1") -> AsyncIterator[int]:
-    server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
+    server = grpc.aio.server(interceptors=[TokenInterceptor(Expected.gang_token(TOKEN))])
     worker_pb2_grpc.add_GangServiceServicer_to_server(engine, server)
     bound = server.add_insecure_port(f"{address}:{port}")
     await server.start()

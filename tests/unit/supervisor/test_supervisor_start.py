@@ -31,6 +31,26 @@ def test_what_kv_may_be_fetched_from_has_to_be_an_address(tmp_path: Path, source
         check_options(stand_in_settings(tmp_path, kv_sources=("10.0.0.7:9001", source)))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b" \n", "the file is empty"),
+        (b"two\nlines", "one line of printable ASCII"),
+        (b"\xff", "invalid start byte"),
+        (b"the gang's\n", "it holds the gang's own token as well: give trainers another"),
+        (b"clients'", "it holds the clients' API key as well"),
+    ],
+)
+def test_what_cannot_be_the_trainers_token_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "trainer-token"
+    if content is not None:
+        file.write_bytes(content)
+    settings = stand_in_settings(tmp_path, token="the gang's", api_key="clients'", trainer_token_file=str(file))
+    with pytest.raises(ConfigurationError, match=f"--trainer-token-file {file}: .*{message}"):
+        check_options(settings)
+
+
 def test_only_the_ranks_of_this_pod_need_devices(tmp_path: Path) -> None:
     settings = stand_in_settings(tmp_path, device="cuda", world_size=4, ranks_per_pod=2, pod_index=1)
     check_devices(settings, count_devices=lambda: 2)

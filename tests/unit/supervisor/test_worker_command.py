@@ -29,9 +29,9 @@ Read = Callable[..., ServeSettings]
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    for name, content in {"attempt": "7\n", "token": " secret\n", "api-key": "key\n"}.items():
+    for name, content in {"attempt": "7\n", "token": " secret\n", "api-key": "key\n", "trainer-token": "t\n"}.items():
         (tmp_path / name).write_text(content)
-    return [f"--{name}-file={tmp_path / name}" for name in ("attempt", "token", "api-key")]
+    return [f"--{name}-file={tmp_path / name}" for name in ("attempt", "token", "api-key", "trainer-token")]
 
 
 @pytest.fixture
@@ -107,6 +107,7 @@ def test_the_operators_command_line_becomes_settings(read: Read, files: list[str
         address="10.1.2.3",
         leader_host="small-0-abc12-0.small-pods.team.svc",
         token="secret",
+        trainer_token_file=files[3].partition("=")[2],
         kv_cache_bytes=2 << 30,
         prefix_cache=False,
         host="0.0.0.0",
@@ -152,7 +153,7 @@ def test_a_mounted_model_is_called_as_its_uri_ends(read: Read, files: list[str],
         (["--model-path="], "--model-path is needed: the folder where pvc://models/llama/small is mounted"),
         (["--model-uri=hf://org/name"], "--cache-dir is needed to download hf://org/name"),
         (["--token-file=/nowhere/token"], "--token-file /nowhere/token: .*No such file"),
-        (["--attempt-file=/dev/null"], "--attempt-file /dev/null: the file is empty"),
+        (["--attempt-file=/dev/null"], "--attempt-file /dev/null: '' is no attempt"),
         (["--attempt-file=/proc/version"], "--attempt-file /proc/version: 'Linux.*' is no attempt"),
         (["--engine-option=speed=11"], "--engine-option speed: there is none of that name, only max_num_seqs, "),
     ],

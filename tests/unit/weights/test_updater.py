@@ -21,7 +21,7 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     token = tmp_path / "token"
     token.write_text("secret\n")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "SLURM_", "NUM_INF"))}
-    command = [sys.executable, "-m", "tpmodel_worker.updater", "--token-file", str(token), *arguments]
+    command = [sys.executable, "-m", "tpmodel_worker.updater", "--trainer-token-file", str(token), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=clean | environment, timeout=60, check=False)
     return done.returncode, done.stderr
 
@@ -45,7 +45,7 @@ class TestRefusals:
                 {"NUM_INFERENCE_NODES": "2", "SLURM_JOB_NODELIST": "gpu[1-3]"},
                 "node gpu1 is none of gpu2, gpu3",
             ),
-            (["--master-address", "x", "--token-file", "/none"], {}, "--token-file /none"),
+            (["--master-address", "x", "--trainer-token-file", "/none"], {}, "--trainer-token-file /none"),
             (["--master-address", "x"], {"MASTER_PORT": "0"}, "MASTER_PORT"),
         ],
     )

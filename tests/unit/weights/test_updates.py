@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.update_ranks import CPU, HOST, TOKEN, Rank, Weights, World, open_world, refusal
+from support.update_ranks import CPU, HOST, KEY, Rank, Weights, World, open_world, refusal
 from support.waiting import until
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas import host as host_memory
@@ -25,7 +25,7 @@ from tpmodel_worker.weights.ranks import TRAINER
 class Trainer:
     """The other side, without the engine between."""
 
-    def __init__(self, ranks: list[Rank], *, deadline_seconds: float = 10.0, token: str = TOKEN) -> None:
+    def __init__(self, ranks: list[Rank], *, deadline_seconds: float = 10.0, key: str = KEY) -> None:
         self.ranks = ranks
         self.steps = 0
         store = start_store(HOST)
@@ -35,6 +35,7 @@ class Trainer:
             group_size=1 + len(ranks),
             timeout_seconds=10,
             deadline_seconds=deadline_seconds,
+            key=KEY,
         )
         for rank in ranks:
             join.group_rank = 1 + rank.rank
@@ -45,7 +46,7 @@ class Trainer:
             rank=TRAINER,
             size=1 + len(ranks),
             device=CPU,
-            token=token,
+            key=key,
             address=HOST,
             timeout_seconds=10,
             deadline_seconds=deadline_seconds,
@@ -218,10 +219,10 @@ class TestChecks:
         del update.dtypes[:]
         assert "1 names, 0 dtypes and 1 shapes" in refusal(lambda: rank.step(check=update))[1]
 
-    def test_a_trainer_with_another_token_is_not_let_into_the_group(self, world: World) -> None:
+    def test_a_trainer_with_another_key_is_not_let_into_the_group(self, world: World) -> None:
         (rank,) = world.ranks(1)
         with pytest.raises(CommunicatorError):
-            Trainer([rank], token="another")
+            Trainer([rank], key="another")
         until(lambda: rank.status.done, "the rank gives up")
         assert "another token" in rank.status.error
         assert "init comes first" in refusal(lambda: rank.step(begin=pb.BeginUpdate()))[1]

@@ -21,7 +21,7 @@ from tpmodel_worker.api.metrics import ApiMetrics
 from tpmodel_worker.api.model import ServedModel
 from tpmodel_worker.api.requests import chat_token_ids, check_token_ids, check_unknown_fields, read_request
 from tpmodel_worker.api.tls import ServerCertificate
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ def make_grpc_server(
     interceptors = []
     if settings.api_key:
         # Probes have no key, and health tells nothing about requests.
-        interceptors.append(TokenInterceptor(settings.api_key, open_prefixes=("/grpc.health.v1.Health/",)))
+        expected = Expected.api_key(settings.api_key)
+        interceptors.append(TokenInterceptor(expected, open_prefixes=("/grpc.health.v1.Health/",)))
     server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(model, link, metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(link), server)

@@ -16,12 +16,13 @@ from grpc_reflection.v1alpha import reflection
 from tpmodel.v1 import kv_pb2_grpc, weights_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tpmodel_worker import attempts
 from tpmodel_worker.addresses import join_host_port
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 from tpmodel_worker.engine.errors import RebuildRefusedError
 from tpmodel_worker.engine.kv_service import KV_SERVICE, KvService
 from tpmodel_worker.engine.members import Members, OtherAttemptError, OtherModelError, RegistrationError
 from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.engine.weight_service import WEIGHT_SERVICE, WeightService
+from tpmodel_worker.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -149,13 +150,19 @@ class GangService(worker_pb2_grpc.GangServiceServicer):
 
 
 async def start_control_server(
-    address: str, port: int, token: str, service: GangService, weights: WeightService, kv: KvService
+    settings: ServeSettings, service: GangService, weights: WeightService, kv: KvService
 ) -> tuple[grpc.aio.Server, int]:
-    """Serves all services of the port, health and reflection; the server and its port. Health alone needs no token.
+    """Serves all services of the port, health and reflection; the server and its port.
+
+    WeightService takes the trainer's token, health needs none, all others take the gang's.
 
     Raises RuntimeError when the port can't be had.
     """
-    interceptor = TokenInterceptor(token, open_prefixes=("/grpc.health.v1.",))
+    interceptor = TokenInterceptor(
+        Expected.gang_token(settings.token),
+        open_prefixes=("/grpc.health.v1.",),
+        services={WEIGHT_SERVICE: Expected.trainer_token(settings.trainer_token_file)},
+    )
     server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
     worker_pb2_grpc.add_GangServiceServicer_to_server(service, server)
     weights_pb2_grpc.add_WeightServiceServicer_to_server(weights, server)
@@ -167,7 +174,7 @@ async def start_control_server(
     reflection.enable_server_reflection(
         (GANG_SERVICE, WEIGHT_SERVICE, KV_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
     )
-    bound = server.add_insecure_port(join_host_port(address, port))
+    bound = server.add_insecure_port(join_host_port(settings.address, settings.control_port))
     await server.start()
     return server, bound
 

@@ -115,12 +115,7 @@ class Engine:
             self._members, self.status, self, attempt=settings.attempt, model_path=settings.model_path
         )
         self._control, self.control_port = await start_control_server(
-            settings.address,
-            settings.control_port,
-            settings.token,
-            service,
-            WeightService(self.weights),
-            KvService(self._kv_sending),
+            settings, service, WeightService(self.weights), KvService(self._kv_sending)
         )
         self._link_task = asyncio.create_task(self._link.run(), name="supervisor link")
         self._world_task = asyncio.create_task(self.world.run(), name="world")

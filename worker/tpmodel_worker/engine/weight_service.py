@@ -9,6 +9,7 @@ import grpc
 
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel.v1 import weights_pb2_grpc
+from tpmodel_worker.auth import presented_token, update_group_key
 from tpmodel_worker.engine.weight_errors import UpdateError
 from tpmodel_worker.engine.weight_updates import WeightUpdates
 
@@ -33,8 +34,9 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         self, request: pb.InitUpdateRequest, context: grpc.aio.ServicerContext
     ) -> pb.InitUpdateResponse:
         """Joins the trainer's group."""
+        key = update_group_key(presented_token(context), request.master_address, request.master_port)
         async with _refusals(context):
-            await self._updates.init(request)
+            await self._updates.init(request, key)
         return pb.InitUpdateResponse(served=self._updates.served)
 
     async def StartUpdate(  # noqa: N802

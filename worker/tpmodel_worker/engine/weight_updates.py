@@ -118,8 +118,11 @@ class WeightUpdates:
                 world_size=pool.world_size,
             )
 
-    async def init(self, request: weights_pb2.InitUpdateRequest) -> None:
-        """Makes the ranks join the trainer's group. Raises UpdateError; then none has."""
+    async def init(self, request: weights_pb2.InitUpdateRequest, key: str) -> None:
+        """Makes the ranks join the trainer's group. Raises UpdateError; then none has.
+
+        key: what the group's members prove to know.
+        """
         async with self._call(Stage.IDLE, Stage.JOINED):
             pool = self._ranks.pool
             first = update_rank(
@@ -155,6 +158,7 @@ class WeightUpdates:
                         deadline_seconds=self._deadline_seconds,
                         transport=request.transport,
                         backend=request.backend,
+                        key=key,
                     )
                 )
 

@@ -23,7 +23,7 @@ from tpmodel.v1 import worker_pb2_grpc
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaLinkError
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 from tpmodel_worker.rank.session import EpochGate, OpenVerdict, SessionProtocol
 from tpmodel_worker.rank.status import StatusBoard
 from tpmodel_worker.rank.worker import Worker
@@ -91,7 +91,7 @@ class RankServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        interceptor = TokenInterceptor(self._token, open_prefixes=("/grpc.health.v1.",))
+        interceptor = TokenInterceptor(Expected.gang_token(self._token), open_prefixes=("/grpc.health.v1.",))
         server = grpc.aio.server(interceptors=(interceptor,), options=_OPTIONS)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._servicer, server)
         health_servicer = HealthServicer()

@@ -107,7 +107,6 @@ class Worker:
             device=device,
             arenas=arenas,
             shard=self._shard,
-            token=token,
             address=address,
             report=status.weight_update,
             persister=Persister(rank, status.persist),

@@ -61,7 +61,9 @@ _FLAGS = {
 @click.option("--persist-updates", default="", show_default=False,
               help="Folder that outlives the pods, for weights that a trainer has sent.")  # fmt: skip
 @click.option("--attempt-file", type=click.Path(), default=None, help="Holds the gang's attempt.")
-@click.option("--token-file", type=click.Path(), default=None, help="Holds the gang's secret token.")
+@click.option("--token-file", type=click.Path(), default=None, help="Holds the gang's own secret token.")
+@click.option("--trainer-token-file", type=click.Path(), default="", show_default=False,
+              help="Holds the token of trainers, and may change; default: there are no weight updates.")  # fmt: skip
 @click.option("--api-key-file", type=click.Path(), default=None, help="Holds the key that clients must send.")
 @click.option("--tls-dir", type=click.Path(), default=None, help="Holds tls.crt and tls.key, for the clients' ports.")
 @click.option("--pod-name", envvar="TPMODEL_POD_NAME", show_envvar=True, default="", show_default=False)
@@ -164,7 +166,8 @@ def read_settings(options: dict[str, Any]) -> ServeSettings:
         pod_name=options["pod_name"] or options["pod_uid"],
         address=address,
         leader_host=options["leader_host"],
-        token=_read_file("--token-file", options["token_file"]),
+        token=_read_token("--token-file", options["token_file"]),
+        trainer_token_file=options["trainer_token_file"],
         # Everywhere, since `kubectl port-forward` comes in over the pod's loopback interface.
         host=options["host"] or ("::" if ":" in address else "0.0.0.0"),
         port=options["port"],
@@ -172,7 +175,7 @@ def read_settings(options: dict[str, Any]) -> ServeSettings:
         control_port=options["control_port"],
         health_port=options["health_port"],
         metrics_port=options["metrics_port"],
-        api_key=_read_file("--api-key-file", options["api_key_file"]),
+        api_key=_read_token("--api-key-file", options["api_key_file"]),
         tls_dir=options["tls_dir"] or "",
         drain_timeout=options["drain_timeout"],
         endpoint_propagation=options["endpoint_propagation"],
@@ -216,26 +219,27 @@ def _read_attempt(path: str | None) -> int:
 
     if path is None:
         return 1
-    text = _read_file("--attempt-file", path)
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--attempt-file {path}: {error}") from error
     attempt = read_attempt(text)
     if not attempt:
         raise ConfigurationError(f"--attempt-file {path}: {text[:40]!r} is no attempt: 1 or a higher whole number")
     return attempt
 
 
-def _read_file(flag: str, path: str | None) -> str:
+def _read_token(flag: str, path: str | None) -> str:
     """Its content without what surrounds it; "" where no file is named."""
+    from tpmodel.token_files import TokenFileError, read_token
     from tpmodel_worker.supervisor.configuration import ConfigurationError
 
     if not path:
         return ""
     try:
-        text = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{flag} {path}: {error}") from error
-    if not text:
-        raise ConfigurationError(f"{flag} {path}: the file is empty")
-    return text
+        return read_token(path)
+    except TokenFileError as error:
+        raise ConfigurationError(f"{flag} {error}") from error
 
 
 def _last_part(uri: str) -> str:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import pynvml
 
+from tpmodel.token_files import TokenFileError, read_token
 from tpmodel_worker.models.config import ConfigError, read_model_config
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor import linux
@@ -63,6 +64,7 @@ def check_options(
         host, _, port = source.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigurationError(f"--kv-from {source}: HOST:PORT is needed, another gang's control port")
+    _check_trainer_token(settings)
     _check_communicator(settings, flags)
     if check_devices(settings, flags, count_devices=count_devices):
         settings = _share_devices(settings, flags)
@@ -92,6 +94,20 @@ def check_model(settings: ServeSettings, flags: Flags = SERVE_FLAGS) -> ServeSet
         flag = flags["max_model_len"]
         raise ConfigurationError(f"{flag} {model.max_model_len}: a prompt and an answer need at least 2")
     return dataclasses.replace(settings, max_model_len=model.max_model_len)
+
+
+def _check_trainer_token(settings: ServeSettings) -> None:
+    """It is read anew for each call; what is wrong with it is said before anything starts."""
+    file = settings.trainer_token_file
+    if not file:
+        return
+    try:
+        token = read_token(file)
+    except TokenFileError as error:
+        raise ConfigurationError(f"--trainer-token-file {error}") from error
+    for others, other in (("the gang's own token", settings.token), ("the clients' API key", settings.api_key)):
+        if token == other:
+            raise ConfigurationError(f"--trainer-token-file {file}: it holds {others} as well: give trainers another")
 
 
 def _check_communicator(settings: ServeSettings, flags: Flags) -> None:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_worker import attempts
 from tpmodel_worker.addresses import join_host_port
-from tpmodel_worker.auth import TokenInterceptor
+from tpmodel_worker.auth import Expected, TokenInterceptor
 from tpmodel_worker.exit_codes import ExitCode
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.lifecycle import Ending
@@ -201,9 +201,9 @@ class SupervisorServer:
     """The gRPC server of SupervisorService, on a port of its own choice."""
 
     def __init__(self, settings: ServeSettings, servicer: SupervisorServicer) -> None:
-        self._server = grpc.aio.server(
-            interceptors=[TokenInterceptor(settings.token, open_prefixes=(f"/{_HEALTH_SERVICE}/",))], options=_OPTIONS
-        )
+        expected = Expected.gang_token(settings.token)
+        interceptor = TokenInterceptor(expected, open_prefixes=(f"/{_HEALTH_SERVICE}/",))
+        self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
         worker_pb2_grpc.add_SupervisorServiceServicer_to_server(servicer, self._server)
         self._health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -75,7 +75,7 @@ class Bridge:
 
         Args:
             target: host:port of the gang's control port.
-            token: the gang's.
+            token: the trainer's, which the gang knows.
             options: see there.
             layout: where the gang's ranks are among the trainer's, given how many there are.
             publish: is given what the model is made of, before the trainer is waited for.

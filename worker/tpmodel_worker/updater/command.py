@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from tpmodel.token_files import TokenFileError, read_token
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel_worker import logs
 from tpmodel_worker.updater.bridge import MAX_ERRORS, Bridge, BridgeOptions, GangError, StoppedError
@@ -43,7 +44,8 @@ _RUNNING = {
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--gang", metavar="HOST:PORT", default="127.0.0.1:9001", help="Control port of the gang's leader.")
-@click.option("--token-file", type=click.Path(path_type=Path), required=True, help="Holds the gang's token.")
+@click.option("--trainer-token-file", type=click.Path(path_type=Path), required=True,
+              help="Holds the token that the gang takes from trainers.")  # fmt: skip
 @click.option("--master-address", envvar="MASTER_ADDR", show_envvar=True, default="", show_default=False,
               help="Where the trainer keeps its store; with Slurm the first node.")  # fmt: skip
 @click.option("--master-port", envvar="MASTER_PORT", show_envvar=True, type=_PORT, default=DEFAULT_PORT)
@@ -71,7 +73,7 @@ _RUNNING = {
 def _command(**options: Any) -> int:
     """Let a trainer that broadcasts parameter indices update the weights of a gang, until it stops."""
     logs.configure("updater", options["log_format"])
-    token = _read_token(options["token_file"])
+    token = _read_token(options["trainer_token_file"])
     layout = _layout(options)
     folder: Path | None = options["bridge_config_dir"]
     bridge = Bridge(
@@ -160,9 +162,6 @@ def _publish(folder: Path | None, described: pb.GetParameterInfoResponse) -> Non
 
 def _read_token(file: Path) -> str:
     try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"--token-file {file}: {error}") from error
-    if not token:
-        raise click.UsageError(f"--token-file {file}: the file is empty")
-    return token
+        return read_token(file)
+    except TokenFileError as error:
+        raise click.UsageError(f"--trainer-token-file {error}") from error

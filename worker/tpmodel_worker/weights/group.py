@@ -27,14 +27,14 @@ def join_update_group(
     rank: int,
     size: int,
     device: torch.device,
-    token: str,
+    key: str,
     address: str,
     backend: str = "",
     timeout_seconds: float,
     deadline_seconds: float,
     cancelled: threading.Event | None = None,
 ) -> Communicator:
-    """Joins; returns once every member has, and has proved to know the token. All members call it at the same time.
+    """Joins; returns once every member has, and has proved to know the key. All members call it at the same time.
 
     Args:
         master_address: where the trainer keeps the store.
@@ -42,7 +42,7 @@ def join_update_group(
         rank: in the update group.
         size: members, the trainer included.
         device: where the tensors are broadcast from and to.
-        token: the gang's.
+        key: what all members know, the same for all (auth.update_group_key).
         address: IP of this member, to which everything that it listens on is bound; "": the way to the trainer.
         backend: nccl or gloo, the same for all members; empty: what the device's kind has.
         timeout_seconds: how long joining may take.
@@ -50,7 +50,7 @@ def join_update_group(
         cancelled: another thread may set it to end the joining.
 
     Raises:
-        CommunicatorError: a member did not come, or has another token.
+        CommunicatorError: a member did not come, or has another key.
     """
     spec = CommunicatorSpec(
         epoch=0,
@@ -67,7 +67,7 @@ def join_update_group(
     )
     group = build_communicator(spec, device=device, arenas=None, cancelled=cancelled)
     try:
-        prove_membership(group, token, _RENDEZVOUS_ID)
+        prove_membership(group, key, _RENDEZVOUS_ID)
     except CommunicatorError:
         group.abort("a member did not prove that it belongs to the group")
         group.close()

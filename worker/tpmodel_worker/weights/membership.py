@@ -21,10 +21,9 @@ _JOIN_STEP = 0
 class Membership:
     """Used by the computing thread, but for abort."""
 
-    def __init__(self, *, device: torch.device, token: str, address: str, report: Report) -> None:
-        """token: the gang's; address: IP of this pod, or ""; report: shows a background task's state."""
+    def __init__(self, *, device: torch.device, address: str, report: Report) -> None:
+        """address: IP of this pod, or ""; report: shows a background task's state."""
         self._device = device
-        self._token = token
         self._address = address
         self._report = report
         self._group: Communicator | IndexedGroups | None = None
@@ -106,7 +105,7 @@ class Membership:
             rank=join.group_rank,
             size=join.group_size,
             device=self._device,
-            token=self._token,
+            key=join.key,
             address=self._address,
             backend=join.backend,
             timeout_seconds=join.timeout_seconds,

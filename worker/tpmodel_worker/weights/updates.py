@@ -80,12 +80,11 @@ class WeightUpdates:
         device: torch.device,
         arenas: ArenaClient,
         shard: Shard,
-        token: str,
         address: str,
         report: Report,
         persister: Persister,
     ) -> None:
-        """token: the gang's; address: IP of this pod, or ""; report: shows a background task's state.
+        """address: IP of this pod, or ""; report: shows a background task's state.
 
         persister: keeps what is committed in files.
         """
@@ -93,7 +92,7 @@ class WeightUpdates:
         self._device = device
         self._arenas = arenas
         self._shard = shard
-        self._member = Membership(device=device, token=token, address=address, report=report)
+        self._member = Membership(device=device, address=address, report=report)
         self._persister = persister
         self._awaited: _Awaited | None = None
         self._update: _Update | None = None
