@@ -5,9 +5,10 @@
     python -m benchmarks.model_steps --shape qwen3-next-80b-a3b --only-rank-of 4
     python -m benchmarks.model_steps --shape qwen3.5-27b --tp 4
 
-Dummy weights in bfloat16, made on the device; eager. transformers runs the same shape on one device after ours is
-gone, with --tp 1 only. --only-rank-of N computes rank 0's shard of a world of N in one process; what the others would
-send is left out, and so are the collectives' times. --tp N starts a process for each of N devices.
+Dummy weights in bfloat16, made on the device; eager. --tp N starts a process for each of N devices. transformers runs
+the same shape on as many devices after ours is gone, cut as its own tensor-parallel plan says; each of its ranks makes
+the whole model first. --only-rank-of N computes rank 0's shard of a world of N in one process, without a peer; what the
+others would send is left out, and so are the collectives' times. To try the program: --shape small --device cpu.
 
 Floor: a decode's bytes (weights, of the experts those that uniform routing meets, states twice, KV once) at the
 device's measured copy bandwidth; a prefill's products at its measured matrix rate, if that takes longer.
@@ -17,15 +18,20 @@ from __future__ import annotations
 
 import argparse
 import gc
+import socket
 import statistics
 import time
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 
 import torch
+import torch.distributed
+from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.own_steps import OnlyRank, OwnSteps
-from benchmarks.peer_steps import PeerSteps
+from benchmarks.peer_steps import PeerSteps, join_peer_world
 from benchmarks.published_shapes import SHAPES, shape_of
 from benchmarks.step_floor import StepFloor
 from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
@@ -34,6 +40,8 @@ from tpmodel_worker.comm.rendezvous import start_store
 from tpmodel_worker.comm.single import SingleCommunicator
 
 ROUNDS = 3
+Measured = tuple[list[float], list[float]]
+"""Seconds of every case, and their floors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     return [Case("decode", size) for size in arguments.batch] + [Case("prefill", size) for size in arguments.prompt]
 
 
-def measure_own(communicator: Communicator, arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
+def measure_own(communicator: Communicator, arguments: argparse.Namespace) -> Measured:
     """Seconds of every case, and their floors."""
     started = time.perf_counter()
     own = OwnSteps(
@@ -90,10 +98,11 @@ def measure_own(communicator: Communicator, arguments: argparse.Namespace) -> tu
     return seconds, [case.floor(floor, arguments) for case in cases(arguments)]
 
 
-def measure_peer(device: torch.device, arguments: argparse.Namespace) -> list[float]:
+def measure_peer(device: torch.device, mesh: DeviceMesh | None, arguments: argparse.Namespace) -> list[float]:
     """Seconds of every case in transformers; not a number where its memory does not suffice."""
     shape = shape_of(arguments.shape, layers=arguments.layers)
-    peer = PeerSteps(shape, dtype=getattr(torch, arguments.dtype), device=device)
+    peer = PeerSteps(shape, dtype=getattr(torch, arguments.dtype), device=device, mesh=mesh)
+    speaks = mesh is None or mesh.get_rank() == 0
     seconds = []
     for case in cases(arguments):
         try:
@@ -101,28 +110,84 @@ def measure_peer(device: torch.device, arguments: argparse.Namespace) -> list[fl
         except torch.OutOfMemoryError as error:
             print(f"transformers: {str(error).splitlines()[0]}", flush=True)
             seconds.append(float("nan"))
-        print(f"transformers {case.kind} {case.size}: {1000 * seconds[-1]:.2f} ms", flush=True)
+        if speaks:
+            print(f"transformers {case.kind} {case.size}: {1000 * seconds[-1]:.2f} ms", flush=True)
     return seconds
 
 
-def run_rank(rank: int, rendezvous: str, arguments: argparse.Namespace) -> None:
-    """One process of a real world; rank 0 prints the table."""
-    device = torch.device(arguments.device, rank)
-    torch.cuda.set_device(device)
+def run_own_rank(rank: int, store_port: int, results: SimpleQueue[Measured], arguments: argparse.Namespace) -> None:
+    """One process of tpmodel's world; rank 0 gives the results."""
+    device = device_of(rank, arguments)
     spec = CommunicatorSpec(
         epoch=1,
         rank=rank,
         world_size=arguments.tp,
-        rendezvous=rendezvous,
+        rendezvous=f"127.0.0.1:{store_port}",
         rendezvous_id="benchmark",
         timeout_seconds=60.0,
         pods=["local"] * arguments.tp,
+        # Ranks on CPUs have no supervisor here that would keep their shared memory.
+        kind="nccl" if device.type == "cuda" else "gloo",
     )
     communicator = build_communicator(spec, device=device, arenas=None)
-    seconds, floors = measure_own(communicator, arguments)
+    measured = measure_own(communicator, arguments)
     if rank == 0:
-        print_table(arguments, seconds, floors, None)
+        results.put(measured)
     communicator.close()
+
+
+def run_peer_rank(rank: int, store_port: int, results: SimpleQueue[list[float]], arguments: argparse.Namespace) -> None:
+    """One process of transformers' world; rank 0 gives the results."""
+    device = device_of(rank, arguments)
+    mesh = join_peer_world(rank, arguments.tp, store_port, device)
+    seconds = measure_peer(device, mesh, arguments)
+    if rank == 0:
+        results.put(seconds)
+    torch.distributed.destroy_process_group()
+
+
+def device_of(rank: int, arguments: argparse.Namespace) -> torch.device:
+    """The rank's own, made the current one."""
+    if arguments.device != "cuda":
+        return torch.device(arguments.device)
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def measure_worlds(arguments: argparse.Namespace) -> tuple[Measured, list[float] | None]:
+    """Of --tp N: our ranks first, then transformers'."""
+    own: SimpleQueue[Measured] = get_context("spawn").SimpleQueue()
+    store = start_store("127.0.0.1")
+    spawn(run_own_rank, (store.port, own, arguments), nprocs=arguments.tp)
+    measured = own.get()
+    if arguments.no_peer:
+        return measured, None
+    peer: SimpleQueue[list[float]] = get_context("spawn").SimpleQueue()
+    spawn(run_peer_rank, (free_port(), peer, arguments), nprocs=arguments.tp)
+    return measured, peer.get()
+
+
+def measure_alone(arguments: argparse.Namespace) -> tuple[Measured, list[float] | None]:
+    """Of one process."""
+    device = device_of(0, arguments)
+    communicator: Communicator = SingleCommunicator(device)
+    if arguments.only_rank_of:
+        communicator = OnlyRank(arguments.only_rank_of, device)
+    measured = measure_own(communicator, arguments)
+    if arguments.only_rank_of or arguments.no_peer:
+        return measured, None
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return measured, measure_peer(device, None, arguments)
+
+
+def free_port() -> int:
+    """For the store that transformers' rank 0 starts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def print_table(arguments: argparse.Namespace, own: list[float], floors: list[float], peer: list[float] | None) -> None:
@@ -164,22 +229,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Prints the table."""
     arguments = parse_arguments()
-    if arguments.tp > 1:
-        store = start_store("127.0.0.1")
-        spawn(run_rank, (f"127.0.0.1:{store.port}", arguments), nprocs=arguments.tp)
-        return
-    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device(arguments.device)
-    communicator: Communicator = SingleCommunicator(device)
-    if arguments.only_rank_of:
-        communicator = OnlyRank(arguments.only_rank_of, device)
-    own, floors = measure_own(communicator, arguments)
-    peer = None
-    if not arguments.only_rank_of and not arguments.no_peer:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        peer = measure_peer(device, arguments)
-    print_table(arguments, own, floors, peer)
+    (seconds, floors), peer = measure_worlds(arguments) if arguments.tp > 1 else measure_alone(arguments)
+    print_table(arguments, seconds, floors, peer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""config.json of published models, without what does not change a step's time."""
+"""config.json of published models, without what does not change a step's time; and a small one to try programs with."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ _LINEAR_ATTENTION: dict[str, Any] = {
 }
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "small": _COMMON
+    | {
+        "model_type": "qwen3_moe",
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "rope_theta": 1000000.0,
+    },
     "qwen3-30b-a3b": _COMMON
     | {
         "model_type": "qwen3_moe",
