@@ -21,6 +21,16 @@ def read_token(path: str | Path) -> str:
         raise TokenFileError(f"{path}: {error}") from error
     if not token:
         raise TokenFileError(f"{path}: the file is empty")
-    if not (token.isascii() and token.isprintable()):
-        raise TokenFileError(f"{path}: a token is one line of printable ASCII characters")
+    try:
+        return check_token(token)
+    except ValueError as error:
+        raise TokenFileError(f"{path}: {error}") from error
+
+
+def check_token(token: str) -> str:
+    """The token, where calls can present it. Raises ValueError."""
+    if not token:
+        raise ValueError("the token is missing")
+    if not (token.isascii() and token.isprintable() and token == token.strip()):
+        raise ValueError("a token is one line of printable ASCII characters, without the line's end")
     return token

@@ -90,6 +90,9 @@ class Gang:
     def failure(self, error: grpc.RpcError) -> WeightUpdateError:
         """What gRPC raised, in words that say which gang."""
         assert isinstance(error, grpc.Call)
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            message = f"{self.target} is no control port, or not of a gang that can be updated: {error.details()}"
+            return WeightUpdateError(error.code().name, message)
         return WeightUpdateError(error.code().name, f"gang {self.target}: {error.details() or 'no details'}")
 
     def _served(self) -> pb.ServedVersion:

@@ -39,7 +39,7 @@ class GangGroup:
         self.gangs = tuple(gangs)
         address = options.address or own_address(gangs[0].target)
         size = 1 + sum(gang.world_size for gang in gangs)
-        self._store: TCPStore | None = start_store(address)
+        self._store: TCPStore | None = _open_store(address)
         self._communicator: Communicator | IndexedGroups | None = None
         with ThreadPoolExecutor(len(gangs)) as threads:
             joining = [
@@ -114,6 +114,14 @@ def _join(options: UpdateOptions, token: str, address: str, port: int, size: int
         timeout_seconds=options.join_seconds,
         deadline_seconds=options.deadline_seconds,
     )
+
+
+def _open_store(address: str) -> TCPStore:
+    try:
+        return start_store(address)
+    except CommunicatorError as error:
+        message = f"the trainer cannot listen at address {address}, which has to be one of this machine's: {error}"
+        raise WeightUpdateError("INVALID_ARGUMENT", message) from error
 
 
 def own_address(target: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from tpmodel_worker.weights.packing import MAX_BUFFERS
 
+_DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 Mode = Literal["in_place", "shadow"]
 Transport = Literal["ordered", "indexed"]
 Running = Literal["finish", "keep", "abort"]
@@ -43,6 +45,14 @@ class UpdateOptions:
     """How long one broadcast, and the pause between two calls, may take."""
 
     def __post_init__(self) -> None:
+        for name in ("buffer_size", "buffer_count", "group_bytes"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: a whole number")
+        for name in ("join_seconds", "deadline_seconds"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: a number of seconds")
+        if not _DEVICES.fullmatch(str(self.device)):
+            raise ValueError(f"device is {self.device!r}: cpu, cuda or cuda:N")
         if self.mode not in ("in_place", "shadow"):
             raise ValueError(f"mode is {self.mode!r}: in_place or shadow")
         if self.transport not in ("ordered", "indexed"):

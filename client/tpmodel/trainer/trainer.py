@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
+
+from tpmodel.token_files import check_token
 from tpmodel.trainer.discovery import Targets
 from tpmodel.trainer.errors import GangsDifferError, UpdateOrderError, WeightUpdateError
 from tpmodel.trainer.gang import Gang
@@ -40,9 +44,9 @@ def connect(
 
     Raises:
         WeightUpdateError: a gang can't be reached or can't join.
-        ValueError: the options or targets can't be, or the gangs are not alike.
+        ValueError: the options, targets or token can't be, or the gangs are not alike.
     """
-    trainer = Trainer(targets, token, UpdateOptions.of(options))
+    trainer = Trainer(targets, check_token(token or ""), UpdateOptions.of(options))
     try:
         trainer.join()
     except BaseException:
@@ -112,6 +116,7 @@ class Trainer:
             WeightUpdateError: a gang refused or failed. The message says what it serves now.
             UpdateOrderError: an update is under way, or the group has failed: join() first.
         """
+        _check_version(version)
         self._check_order(running)
         self._reconcile()
         for gang in self._gangs:
@@ -145,6 +150,8 @@ class Trainer:
         Raises: as update; GangsDifferError where there are several gangs; and ValueError for a tensor that the model
             does not have, before anything is sent.
         """
+        _check_version(version)
+        _check_weights(weights)
         self._check_order(running)
         if gangs not in ("all_at_once", "one_by_one"):
             raise ValueError(f"gangs is {gangs!r}: all_at_once or one_by_one")
@@ -277,3 +284,17 @@ class Trainer:
             group.leave(reason)
         self._groups = []
         self._joined = False
+
+
+def _check_version(version: Any) -> None:
+    """In place, what is found at the end would leave the gang without whole weights."""
+    if not isinstance(version, Integral) or int(version) >= 1 << 64:
+        raise ValueError(f"version is {version!r}: a whole number")
+
+
+def _check_weights(weights: Any) -> None:
+    if isinstance(weights, torch.nn.Module) or not (callable(weights) or isinstance(weights, Iterable)):
+        raise ValueError(
+            f"weights is a {type(weights).__name__}: give a mapping such as model.state_dict(), pairs of name and "
+            "tensor, or a function that makes either"
+        )

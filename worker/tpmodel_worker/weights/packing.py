@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -44,6 +45,9 @@ class Chunk:
 
 def describe(name: str, tensor: torch.Tensor) -> TensorInfo:
     """What is said about a tensor before it is sent. Raises ValueError for a dtype that weights can't have."""
+    given: Any = tensor
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(f"{name} is a {type(given).__name__}: weights are tensors of torch")
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"{name} is {dtype}: weights are sent as one of {', '.join(DTYPES)}")
