@@ -20,7 +20,7 @@ READY_SECONDS = 20.0
 
 @dataclass(kw_only=True)
 class Dns:
-    """The cluster's name server, with the caching that clusters have by default (30 s, also of "no such name")."""
+    """The cluster's name server, set up as kubeadm does: it answers names of the cluster from what it watches."""
 
     api: ApiServer
     coredns: Daemon = field(init=False)
@@ -31,23 +31,27 @@ class Dns:
     def start(self, kubectl: Kubectl) -> None:
         """Starts it unless it runs; returns when it answers."""
         kubectl.apply(_permission())
-        self._start(())
+        self._start()
 
-    def deny(self, names: Iterable[str]) -> None:
-        """From now on these names, and those below them, do not exist (NXDOMAIN); none: all is as before."""
+    def serve(self, *, denied: Iterable[str] = (), remembers: bool = False) -> None:
+        """From now on serves so; without arguments all is as usual.
+
+        denied: these names, and those below them, do not exist (NXDOMAIN).
+        remembers: keeps answers for 30 s, also that there is no such name. Caches on nodes do, and older clusters.
+        """
         self.coredns.kill()
-        self._start(tuple(names))
+        self._start(denied=tuple(denied), remembers=remembers)
 
     def stop(self) -> None:
         """Ends it."""
         self.coredns.kill()
 
-    def _start(self, denied: tuple[str, ...]) -> None:
+    def _start(self, *, denied: tuple[str, ...] = (), remembers: bool = False) -> None:
         if self.coredns.running():
             return
         user = self.api.user("coredns.kubeconfig", USER)
         corefile = self.api.folder / "Corefile"
-        corefile.write_text(_corefile(str(user), denied))
+        corefile.write_text(_corefile(str(user), denied=denied, remembers=remembers))
         self.coredns.start([str(binaries.path(binaries.COREDNS)), "-conf", str(corefile)])
         wait_until(_ready, what="a ready CoreDNS", seconds=READY_SECONDS, explain=self.coredns.last_lines)
 
@@ -60,18 +64,20 @@ def _ready() -> bool:
         return False
 
 
-def _corefile(kubeconfig: str, denied: tuple[str, ...]) -> str:
+def _corefile(kubeconfig: str, *, denied: tuple[str, ...], remembers: bool) -> str:
     refused = "".join(f"    template ANY ANY {name} {{\n        rcode NXDOMAIN\n    }}\n" for name in denied)
+    domain = addresses.CLUSTER_DOMAIN
+    not_cached = "" if remembers else f" {{\n        disable success {domain}\n        disable denial {domain}\n    }}"
     return f""".:53 {{
     bind {addresses.HOST}
     errors
     ready {addresses.HOST}:{READY_PORT}
-{refused}    kubernetes {addresses.CLUSTER_DOMAIN} in-addr.arpa {{
+{refused}    kubernetes {domain} in-addr.arpa {{
         kubeconfig {kubeconfig}
         pods insecure
         ttl 30
     }}
-    cache 30
+    cache 30{not_cached}
 }}
 """
 

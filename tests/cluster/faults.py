@@ -45,13 +45,17 @@ class Faults:
 
     def deny_names(self, names: Iterable[str]) -> None:
         """These names do not exist (NXDOMAIN), nor those below them, until called again; none: all exist."""
-        self.cluster.dns.deny(names)
+        self.cluster.dns.serve(denied=names)
+
+    def remember_names(self) -> None:
+        """The name server keeps its answers for 30 s, however wrong they have become."""
+        self.cluster.dns.serve(remembers=True)
 
     def mend(self) -> None:
         """Brings everything back; returns when every node is Ready."""
         self.cluster.api.start()
         self.cluster.controllers.start()
-        self.cluster.dns.deny(())
+        self.cluster.dns.serve()
         for node in self.cluster.nodes:
             node.start()
             self.cluster.network.set_link(node.number, up=True)

@@ -258,4 +258,6 @@ def _kubelet_configuration(*, authority: Path, cgroup: str) -> dict[str, object]
         # Sooner than the defaults (10 s, 40 s), so that tests of a lost node wait less; see control_plane.py.
         "nodeStatusUpdateFrequency": "4s",
         "nodeLeaseDurationSeconds": 16,
+        # Default 1 min: how often a pod is looked at of which nothing new is known, such as its mounted ConfigMaps.
+        "syncFrequency": "10s",
     }

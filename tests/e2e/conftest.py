@@ -18,7 +18,7 @@ from tests.cluster.local import LocalCluster
 from tests.cluster.target import Target
 from tests.e2e.support import evidence, manifests, release
 from tests.e2e.support.clients import Client
-from tests.e2e.support.models import DeployedModel, deployed
+from tests.e2e.support.models import DeployedModel, deployed, wait_all_gone
 from tests.e2e.support.release import Release
 from tests.e2e.support.restarts import STURDY
 from tests.e2e.support.timings import TIMINGS, Timings
@@ -128,9 +128,14 @@ def installed(target: Target) -> Release:
 
 
 @pytest.fixture(scope="session")
-def models(target: Target, installed: Release) -> Kubectl:
-    """A namespace that enforces Pod Security `restricted`, with the checkpoints' claim, beside a working operator."""
-    return _namespace(target.kubectl, MODELS)
+def models(target: Target, installed: Release) -> Iterator[Kubectl]:
+    """A namespace that enforces Pod Security `restricted`, with the checkpoints' claim, beside a working operator.
+
+    What tests have deployed there and deleted is gone in the end.
+    """
+    kubectl = _namespace(target.kubectl, MODELS)
+    yield kubectl
+    wait_all_gone(kubectl)
 
 
 @pytest.fixture(scope="session")

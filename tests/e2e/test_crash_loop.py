@@ -67,8 +67,9 @@ def check_failed(model: DeployedModel) -> None:
     stalled = model.condition("Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "BudgetSpent")
     assert model.status()["state"] == "Failed"
+    told = model.wait_events("GangFailed")
     assert len(model.events("GangRestart")) == RESTARTS
-    assert [event["message"] for event in model.events("GangFailed")] == [
+    assert [event["message"] for event in told] == [
         f"gang {gang['name']} is left alone (BudgetSpent): ContainerEnded: {failure['message']}"
     ]
 

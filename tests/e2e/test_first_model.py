@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.kubectl import Kubectl, KubectlError
+from tests.cluster.kubectl import Kubectl, KubectlError, Object
 from tests.e2e.support import reference
 from tests.e2e.support.clients import Client
 from tests.e2e.support.models import DeployedModel, deployed
@@ -73,16 +73,22 @@ def test_wait_returns_for_conditions_that_hold_and_not_for_others(first: Deploye
 
 
 def test_status_names_every_pod_of_the_gang(first: DeployedModel) -> None:
-    # The operator asks the leader for its account every 10 s.
-    gang = first.until(lambda: first.gang() if first.gang()["readyRanks"] == 2 else None, what="2 ranks", seconds=30)
-    assert {(pod["name"], pod["uid"], pod["ready"]) for pod in gang["pods"]} == {
-        (pod["metadata"]["name"], pod["metadata"]["uid"], True) for pod in first.pods()
+    # The operator asks the leader for its account every 10 s, and a gang is ready before its last pod is.
+    gang = first.until(lambda: complete(first.gang()), what="2 ranks, and every pod ready", seconds=30)
+    assert {(pod["name"], pod["uid"]) for pod in gang["pods"]} == {
+        (pod["metadata"]["name"], pod["metadata"]["uid"]) for pod in first.pods()
     }
     assert (gang["attempt"], gang["phase"], gang["loadPercent"], gang.get("lastRestart")) == (1, "Serving", 100, None)
     assert gang["epoch"] >> 32 == 1
 
 
+def complete(gang: Object) -> Object | None:
+    """The gang, if all of it is reported to be there."""
+    return gang if gang["readyRanks"] == 2 and all(pod["ready"] for pod in gang["pods"]) else None
+
+
 def test_each_transition_is_told_by_one_event(first: DeployedModel) -> None:
+    first.wait_events("Ready")
     reasons = collections.Counter(event["reason"] for event in first.events())
     assert {reason: reasons[reason] for reason in ("GangCreated", "GangReady", "Ready")} == {
         "GangCreated": 1,

@@ -31,6 +31,8 @@ class Loss:
     said: str
     """Part of the message."""
     exit_code: int | None
+    names_remembered: bool = False
+    """Whether the name server still tells the old leader's address afterwards."""
 
 
 def delete_worker_pod(before: Before) -> None:
@@ -56,11 +58,12 @@ LOSSES = (
         exit_code=None,
     ),
     Loss(
-        what="leader pod deleted",
+        what="leader pod deleted where names are remembered",
         inflict=delete_leader_pod,
         cause="PodDeleted",
         said="was deleted",
         exit_code=None,
+        names_remembered=True,
     ),
     Loss(
         what="rank killed by SIGKILL",
@@ -73,9 +76,14 @@ LOSSES = (
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.what.replace(" ", "_"))
-def test_a_gang_restarts_once_and_says_why(sturdy: DeployedModel, client: Client, timings: Timings, loss: Loss) -> None:
+def test_a_gang_restarts_once_and_says_why(
+    sturdy: DeployedModel, client: Client, faults: Faults, timings: Timings, loss: Loss
+) -> None:
     before = Before.of(sturdy)
     answer = ask(sturdy, client)
+    if loss.names_remembered:
+        faults.remember_names()
+        client.look_up(names.leader_host(sturdy.name, before.gang["name"], str(sturdy.kubectl.namespace)))
 
     clock = Stopwatch()
     loss.inflict(before)
@@ -86,7 +94,7 @@ def test_a_gang_restarts_once_and_says_why(sturdy: DeployedModel, client: Client
     assert loss.said in gang["lastRestart"]["message"]
     assert gang["lastRestart"].get("exitCode") == loss.exit_code
     assert gang["lastRestart"]["attempt"] == gang["attempt"]
-    assert any(f"restarts at attempt {gang['attempt']}" in event["message"] for event in sturdy.events("GangRestart"))
+    sturdy.wait_events("GangRestart", saying=f"restarts at attempt {gang['attempt']}")
     assert ask(sturdy, client) == answer
     timings.note(loss.what, "a client has its answer", clock.seconds)
     before.check_restarted_once()

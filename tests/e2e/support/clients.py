@@ -28,6 +28,7 @@ END_SECONDS = 300.0
 """For running streams to end: longer than any test's streams last."""
 ANSWERED = re.compile(r'^tpmodel_requests_total\{.*code="OK".*\} (\d+)', re.MULTILINE)
 RUNNING = re.compile(r"^tpmodel_requests_running(?:\{.*\})? (\d+)", re.MULTILINE)
+LOOK_UP = "import sys, socket; print(socket.getaddrinfo(sys.argv[1], None, socket.AF_INET)[0][4][0])"
 READ_URL = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())"
 
 
@@ -92,6 +93,10 @@ class Client:
     def read(self, url: str) -> str:
         """What a URL in the cluster answers."""
         return self.kubectl.execute(self.name, "python3", "-c", READ_URL, url)
+
+    def look_up(self, name: str) -> str:
+        """The address that a name has in the cluster."""
+        return self.kubectl.execute(self.name, "python3", "-c", LOOK_UP, name).strip()
 
     def answered(self, leader: Object) -> int:
         """Requests that a leader pod has answered well since it started, by its own metrics."""

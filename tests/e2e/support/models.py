@@ -72,6 +72,14 @@ class DeployedModel:
         listed = self.kubectl.run("get", "events", f"--field-selector={selector}", "--output=json")
         return [event for event in json.loads(listed)["items"] if reason in ("", event["reason"])]
 
+    def wait_events(self, reason: str, count: int = 1, *, saying: str = "") -> list[Object]:
+        """Events with a reason and a message that has `saying`, once there are so many: they follow the status."""
+
+        def told() -> list[Object]:
+            return [event for event in self.events(reason) if saying in event["message"]]
+
+        return self.until(lambda: told() if len(told()) >= count else None, what=f"{count} Events {reason}", seconds=30)
+
     @property
     def url(self) -> str:
         """What clients in the cluster dial, as status says."""
@@ -141,13 +149,22 @@ def deploy(kubectl: Kubectl, name: str, *, ready: bool = True, **spec: Any) -> D
 
 @contextlib.contextmanager
 def deployed(kubectl: Kubectl, name: str, *, ready: bool = True, **spec: Any) -> Iterator[DeployedModel]:
-    """The same, for as long as the block lasts: afterwards none of its pods is left."""
+    """The same, for as long as the block lasts. Its pods end while the next test begins; see `wait_all_gone`."""
     model = DeployedModel(kubectl, name)
     try:
         deploy(kubectl, name, ready=ready, **spec)
         yield model
     finally:
-        model.delete()
+        model.delete(wait=False)
+
+
+def wait_all_gone(kubectl: Kubectl) -> None:
+    """Returns when no pod of any model is left, all models being deleted."""
+
+    def left() -> str:
+        return kubectl.run("get", "pods", f"--selector={names.MODEL_LABEL}", "--output=name")
+
+    wait_until(lambda: not left(), what="end of all pods of deleted models", seconds=GONE_SECONDS, explain=left)
 
 
 def condition(status: Object, kind: str) -> Object:

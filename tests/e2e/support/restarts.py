@@ -100,6 +100,6 @@ def attempt_in_config_map(model: DeployedModel, gang: str) -> int:
 
 
 def ask(model: DeployedModel, client: Client) -> list[list[int]]:
-    """An answer, through the Service whose address stays: clusters remember the names of pods for up to 30 s."""
+    """An answer, through the Service whose address stays: name servers may remember the names of pods for 30 s."""
     service = f"{model.name}.{model.kubectl.namespace}.svc:{names.INFERENCE_PORT}"
     return client.complete(service, [PROMPT], max_tokens=8, temperature=0, ignore_eos=True)
