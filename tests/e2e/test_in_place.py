@@ -114,7 +114,7 @@ def test_an_annotation_asks_for_a_new_world_once(model: DeployedModel, client: C
     model.kubectl.run("annotate", f"tpmodel/{model.name}", f"{names.REBUILD_ANNOTATION}={epoch}", "--overwrite")
     model.until(lambda: epoch_of(before.leader) > epoch, what="a new world", seconds=REBUILD_SECONDS)
     model.until(lambda: epoch_of(before.leader) == epoch + 1, what="only one", seconds=REBUILD_SECONDS)
-    assert any(str(epoch) in event["message"] for event in model.events("RebuildRequested"))
+    model.wait_events("RebuildRequested", saying=str(epoch))
     assert ask(model, client) == answer
     before.check_untouched()
 
@@ -192,7 +192,7 @@ def wait_shown(before: Before, epoch: int) -> None:
     gang = model.until(shown, what="the rebuild in status", seconds=60)
     assert gang["attempt"] == gang["epoch"] >> EPOCHS_OF_AN_ATTEMPT == before.attempt
     assert gang["restartsTotal"] == before.gang["restartsTotal"]
-    model.until(lambda: model.events("GangRebuilt"), what="an Event that tells of it", seconds=60)
+    model.wait_events("GangRebuilt")
 
 
 def wait_replaced(before: Before, pod: Object, *, and_others_of: str = "") -> None:

@@ -67,9 +67,10 @@ def test_a_trainers_job_updates_one_gang_after_the_other_while_clients_stream(
     assert not any(first.made(tokens) for tokens in before)
     for gang in model.gangs():
         assert gang["weightsVersion"] == 1
-        assert versions_told(model, gang) == "1"
-    told = [event["message"] for event in model.events("WeightsCommitted")]
-    assert len(told) == 2, told
+        model.until(
+            lambda gang=gang: versions_told(model, gang) == "1", what="the version in its ConfigMap", seconds=30
+        )
+    assert len(model.wait_events("WeightsCommitted", 2)) == 2
     assert model.condition("WeightsReady")["status"] == "True"
     assert model.kubectl.run("get", "tpm", model.name, "--output=jsonpath={.status.weightsVersion}") == "1"
 
@@ -90,11 +91,12 @@ def test_pods_that_are_made_again_wait_for_the_trainer_and_serve_no_checkpoint_m
 
     assert not {pod["metadata"]["uid"] for pod in lost} & model.uids()
     assert not model.leaders()
-    assert not trainers.published(model, names.leaders_service(model.name))
-    assert len(trainers.published(model, names.trainers_service(model.name))) == 2
+    model.until(lambda: not trainers.published(model, names.leaders_service(model.name)), what="no clients", seconds=30)
+    trainable = names.trainers_service(model.name)
+    model.until(lambda: len(trainers.published(model, trainable)) == 2, what="both open to trainers", seconds=30)
     assert "weightsVersion" not in model.status()
     assert names.RESET_WEIGHTS_ANNOTATION in model.condition("WeightsReady")["message"]
-    assert {gang_of_event(event) for event in model.events("WeightsLost")} == {part, whole}
+    assert {gang_of_event(event) for event in model.wait_events("WeightsLost", 2)} == {part, whole}
 
     trainers.send(model, target, second, 2, gangs="all_at_once")
     wait_served(model, 2)
