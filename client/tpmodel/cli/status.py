@@ -41,8 +41,11 @@ def _lines(reply: worker_pb2.GangStatusResponse) -> list[str]:
     engine = reply.engine
     phase = worker_pb2.Phase.Name(engine.phase).removeprefix("PHASE_").lower()
     ready = f"{engine.ready_ranks} of {engine.world_size} ranks ready"
-    numbers = f"epoch {engine.epoch}, attempt {reply.attempt}, weight version {engine.weight_version}"
+    version = engine.weights_condition or f"weight version {engine.weight_version}"
+    numbers = f"epoch {engine.epoch}, attempt {reply.attempt}, {version}"
     lines = [f"{engine.model_id or 'no model'}: {phase}, {ready}, {numbers}"]
+    if engine.weights_condition:
+        lines.append(f"{engine.weights_condition}: {engine.weights_message}")
     if engine.cause:
         lines.append(f"cause: {engine.cause}")
     if engine.kv_blocks_total:

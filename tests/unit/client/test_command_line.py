@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from click.testing import CliRunner
 
 from tpmodel.cli import main
 from tpmodel.cli.serve import ByteSize
+from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 from tpmodel_worker.settings import ServeSettings
 
 
@@ -111,6 +115,30 @@ def test_a_port_that_speaks_no_grpc_is_explained() -> None:
         thread.join(10)
     assert code == 1
     assert "that is an HTTP port, give a gRPC one" in output
+
+
+class HalfUpdated(worker_pb2_grpc.StatusServiceServicer):
+    """A gang whose update in place was broken off."""
+
+    def GangStatus(self, request: Any, context: Any) -> worker_pb2.GangStatusResponse:  # noqa: N802
+        engine = worker_pb2.EngineState(phase=worker_pb2.PHASE_SERVING, weight_version=41)
+        engine.weights_condition, engine.weights_message = "WeightsIncomplete", "send a full set"
+        return worker_pb2.GangStatusResponse(engine=engine)
+
+
+def test_status_names_no_version_of_weights_that_are_not_whole() -> None:
+    """E46."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    worker_pb2_grpc.add_StatusServiceServicer_to_server(HalfUpdated(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        code, output = run("status", "--target", f"127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()
+    assert code == 0
+    assert "WeightsIncomplete: send a full set" in output
+    assert "version 41" not in output
 
 
 @pytest.mark.parametrize(
