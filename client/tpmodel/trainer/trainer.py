@@ -210,7 +210,7 @@ class Trainer:
             if update is not None:
                 update.cancel()
             if group is not None:
-                self._drop(group, f"{type(error).__name__}: {error}")
+                self._drop(group, ": ".join(filter(None, (type(error).__name__, str(error)))))
             raise
         finally:
             self._update = None

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tpmodel.v1 import weights_pb2 as pb
@@ -62,6 +64,18 @@ class TestRefusals:
         code, text = run(tmp_path, *arguments)
         assert code == 1
         assert "tpmodel-weight-updater: gang 127.0.0.1:1: UNAVAILABLE" in text
+        assert "Traceback" not in text
+
+    def test_another_port_than_the_control_port_is_called_so_at_once(self, tmp_path: Path) -> None:
+        server = grpc.server(ThreadPoolExecutor(1))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            code, text = run(tmp_path, "--gang", f"127.0.0.1:{port}", "--master-address", "127.0.0.1")
+        finally:
+            server.stop(None).wait()
+        assert code == 1
+        assert f"gang 127.0.0.1:{port}: UNIMPLEMENTED: that is no control port" in text
         assert "Traceback" not in text
 
 

@@ -24,7 +24,12 @@ RETRY_SECONDS = 1.0
 _CALL_SECONDS = 60.0
 _FINISH_SECONDS = 3600.0
 
-_FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT)
+_FINAL = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
 """What no second try changes."""
 
 logger = logging.getLogger(__name__)
@@ -34,6 +39,8 @@ class GangError(Exception):
     """The gang refused a call, or cannot be reached."""
 
     def __init__(self, target: str, code: grpc.StatusCode, details: str) -> None:
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            details = f"that is no control port of a gang that can be updated: {details}"
         super().__init__(f"gang {target}: {code.name}: {details}")
         self.code = code
 
