@@ -29,6 +29,7 @@ SERVE_FLAGS: Flags = MappingProxyType(
         "device": "--device",
         "share_devices": "--share-devices",
         "max_model_len": "--max-model-len",
+        "persist_updates": "--persist-updates",
     }
 )
 """Those of `tpmodel serve`."""

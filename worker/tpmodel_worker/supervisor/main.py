@@ -31,6 +31,7 @@ from tpmodel_worker.supervisor.entries import EntryPoints
 from tpmodel_worker.supervisor.events import Ended, EventListener
 from tpmodel_worker.supervisor.leader import LeaderPod
 from tpmodel_worker.supervisor.lifecycle import Ending
+from tpmodel_worker.supervisor.persist_folder import check_persist_folder
 from tpmodel_worker.supervisor.pod import Pod
 from tpmodel_worker.supervisor.ports import PortError, reserved_ports
 from tpmodel_worker.supervisor.runtime import RuntimeFolderError, runtime_folder
@@ -122,7 +123,9 @@ class _Life:
             fetching.cancel()
             await asyncio.wait({fetching})
             return None
-        return check_model(fetching.result(), self._flags)
+        settings = check_model(fetching.result(), self._flags)
+        check_persist_folder(settings, self._flags)
+        return settings
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
