@@ -117,8 +117,9 @@ def _launch(
     )
 
 
-# Numbers that change from step to step must not make new kernels.
-@triton.jit(do_not_specialize=["first_sequence", "sequences"])
+# Numbers that change from step to step must not make new kernels: while one is compiled, every stream waits. The block
+# table of a step is as wide as its longest sequence, so its stride is such a number.
+@triton.jit(do_not_specialize=["first_sequence", "sequences", "table_stride"])
 def attend_tile(
     query,
     keys,
