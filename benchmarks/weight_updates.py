@@ -8,6 +8,10 @@ copies (in processes of their own, on the ranks' devices); then an update packed
 one packed in shadow. A stream runs all the time. On GPUs each member has one of its own, the trainer the last; with
 --share-devices all members share the GPUs that there are, over Gloo. On CPU the shape is smaller unless one is named.
 Medians, bytes as sent.
+
+Behind the table: what the time of an update went into, as the server's metrics have it, for the first one of a way and
+for the later ones. The first long prompt of a server's life is made twice before the first update, since a stream that
+goes on with new weights is such a prompt; --cold leaves that out, so that the first update shows what it costs.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +39,16 @@ from tpmodel import Client, TpmodelError
 from tpmodel.local import LocalServer
 from tpmodel.trainer import Trainer, UpdateOptions, connect
 from tpmodel_worker.comm.rendezvous import start_store
-from tpmodel_worker.weights.group import default_backend, join_update_group
+from tpmodel_worker.weights.group import join_update_group
+from tpmodel_worker.weights.member import GroupMember, default_backend
 from tpmodel_worker.weights.packing import DTYPES
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "examples" / "default_model"
 HOST = "127.0.0.1"
 TOKEN = "benchmark"
 SECONDS = 300.0
+LONG_PROMPT = 1500
+_PHASES = "tpmodel_weight_update_phase_seconds"
 SHAPES: dict[str, dict[str, int]] = {
     "8b": {
         "hidden_size": 4096,
@@ -78,6 +87,8 @@ class Measured:
     """Seconds from start to the end of finish."""
     pause: list[float] = field(default_factory=list)
     """Longest time between two pieces of the stream, seconds."""
+    phases: list[dict[str, float]] = field(default_factory=list)
+    """Seconds of each part, as the server measures them."""
 
 
 class Stream:
@@ -122,18 +133,18 @@ def bare_member(rank: int, size: int, port: int, device_name: str, backend: str,
     Nothing waits on a device meanwhile.
     """
     device = torch.device(device_name)
-    group = join_update_group(
+    member = GroupMember(
         master_address=HOST,
         master_port=port,
         rank=rank,
         size=size,
         device=device,
-        key=TOKEN,
         address=HOST,
         backend=backend,
         timeout_seconds=SECONDS,
         deadline_seconds=SECONDS,
     )
+    group = join_update_group(member, key=TOKEN)
     buffer = torch.empty(chunk, dtype=torch.uint8, device=device)
     while total := orders.recv():
         group.barrier()
@@ -212,11 +223,30 @@ def make_weights(trainer: Trainer, device: torch.device) -> dict[str, torch.Tens
     return weights
 
 
+def phase_seconds(server: LocalServer) -> dict[str, float]:
+    """Of all updates so far, by part."""
+    with urllib.request.urlopen(server.metrics_url, timeout=SECONDS) as reply:
+        found = re.findall(rf'^{_PHASES}_sum{{phase="(\w+)"}} (\S+)$', reply.read().decode(), re.MULTILINE)
+    return {name: float(seconds) for name, seconds in found}
+
+
+def long_prompts(server: LocalServer) -> None:
+    """What the first long prompt costs, and the second: no two begin alike."""
+    with Client(server.target) as client:
+        for number, which in enumerate(("first", "second")):
+            prompt = [(7 * place + 13 * number) % 1000 + 10 for place in range(LONG_PROMPT)]
+            started = time.perf_counter()
+            client.complete(prompt, max_tokens=1, temperature=0, ignore_eos=True)
+            seconds = time.perf_counter() - started
+            print(f"the {which} prompt of {LONG_PROMPT} tokens, beside the stream: {seconds:.3f} s", flush=True)
+
+
 def run_update(
     server: LocalServer, stream: Stream, weights: dict[str, torch.Tensor], options: dict[str, Any], measured: Measured,
     version: int,
 ) -> None:  # fmt: skip
     """One update; the joining is not counted."""
+    before = phase_seconds(server)
     with connect(server.control_target, token=TOKEN, options=UpdateOptions(**options)) as trainer:
         begun = time.perf_counter()
         with trainer.update(version) as update:
@@ -232,6 +262,8 @@ def run_update(
         time.sleep(0.001)
     if stream.error is not None:
         raise stream.error
+    after = phase_seconds(server)
+    measured.phases.append({name: seconds - before.get(name, 0.0) for name, seconds in after.items()})
     measured.update.append(ended - begun)
     measured.pause.append(stream.longest_wait(begun, ended))
 
@@ -249,6 +281,15 @@ def report(total: int, bare: list[float], ways: dict[str, Measured], names: str)
             f"{name:18}{transfer:>8.3f} s{total / transfer / 1e9:>8.2f}{base / transfer:>9.0%}"
             f"{statistics.median(measured.update):>8.3f} s{pause:>24}"
         )
+    print("\nmilliseconds of each part, the first update of the way / the median of the later ones")
+    for name, measured in ways.items():
+        first, later = measured.phases[0], measured.phases[1:]
+        parts = [
+            f"{part} {1000 * seconds:.1f}/"
+            + (f"{1000 * statistics.median(update.get(part, 0.0) for update in later):.1f}" if later else "-")
+            for part, seconds in first.items()
+        ]
+        print(f"{name}: {', '.join(parts)}")
 
 
 def main() -> None:
@@ -261,6 +302,7 @@ def main() -> None:
     parser.add_argument("--buffer-size", type=int, default=1 << 28, help="bytes")
     parser.add_argument("--buffer-count", type=int, default=2)
     parser.add_argument("--share-devices", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="no long prompt before the first update")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"
@@ -304,6 +346,8 @@ def measure(server: LocalServer, arguments: argparse.Namespace, devices: Sequenc
     bare_seconds: list[float] = []
     ways = {name: Measured() for name in arguments.ways}
     stream = Stream(server.target)
+    if not arguments.cold:
+        long_prompts(server)
     bare = Bare(devices, backend, arguments.buffer_size)
     # Connects, and touches the memory, once.
     bare.seconds(arguments.buffer_size)

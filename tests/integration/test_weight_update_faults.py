@@ -25,6 +25,7 @@ from tpmodel_worker.auth import update_group_key
 from tpmodel_worker.comm.rendezvous import start_store
 from tpmodel_worker.weights.broadcast import Broadcaster
 from tpmodel_worker.weights.group import join_update_group
+from tpmodel_worker.weights.member import GroupMember
 from tpmodel_worker.weights.packing import describe, write_update
 
 HOST = "127.0.0.1"
@@ -109,17 +110,17 @@ class TestReplies:
                 deadline_seconds=30,
             )
             joining = stub.InitUpdate.future(init, **authorization)
-            group = join_update_group(
+            member = GroupMember(
                 master_address=HOST,
                 master_port=store.port,
                 rank=0,
                 size=3,
                 device=torch.device("cpu"),
-                key=update_group_key(TOKEN, HOST, store.port),
                 address=HOST,
                 timeout_seconds=30,
                 deadline_seconds=30,
             )
+            group = join_update_group(member, key=update_group_key(TOKEN, HOST, store.port))
             replies = [described, joining.result()]
             start = pb.StartUpdateRequest(running=pb.RUNNING_REQUESTS_KEEP)
             replies.append(stub.StartUpdate(start, **authorization))

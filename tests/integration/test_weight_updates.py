@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +22,6 @@ from tpmodel.channel import metadata
 from tpmodel.trainer import Trainer, UpdateOptions, UpdateOrderError, WeightUpdateError, connect
 from tpmodel.v1 import weights_pb2 as pb
 
-TESTS = Path(__file__).parents[1]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {"buffer_size": 50_000},
     "unpacked": {"packed": False},
@@ -320,19 +316,6 @@ class TestFailures:
                 with trainer.update(two_ranks.version + 1):
                     two_ranks.check()  # it waits until the pause is over
         assert two_ranks.served().version == two_ranks.version
-
-    def test_a_killed_trainer_is_noticed_at_once(self, two_ranks: Served) -> None:
-        arguments = [str(two_ranks.checkpoint), two_ranks.server.control_target, TOKEN]
-        command = [sys.executable, "-m", "support.killed_trainer", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(TESTS)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "half\n"
-            process.kill()
-        until(lambda: "the trainer has gone" in two_ranks.served().message, "the trainer's death is noticed", 10)
-        assert two_ranks.served().reason == "WeightsIncomplete"
-        two_ranks.heal()
-        two_ranks.check()
 
 
 def test_many_updates_leave_nothing_behind(two_ranks: Served) -> None:

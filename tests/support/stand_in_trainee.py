@@ -19,6 +19,7 @@ from tpmodel_worker.auth import update_group_key
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.weights.broadcast import Broadcaster
 from tpmodel_worker.weights.group import join_update_group
+from tpmodel_worker.weights.member import GroupMember
 from tpmodel_worker.weights.packing import read_update
 from tpmodel_worker.weights.ranks import update_rank
 
@@ -73,16 +74,18 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
     def InitUpdate(self, request: pb.InitUpdateRequest, context: grpc.ServicerContext) -> pb.InitUpdateResponse:  # noqa: N802
         self._step("init", context)
         self.lose_world()
-        self._group = join_update_group(
+        member = GroupMember(
             master_address=request.master_address,
             master_port=request.master_port,
             rank=update_rank(gang_index=request.gang_index, world_size=1, rank=0, offset=request.rank_offset),
             size=request.world_size,
             device=torch.device("cpu"),
-            key=update_group_key(self._token, request.master_address, request.master_port),
             address=self._address,
             timeout_seconds=request.timeout_seconds,
             deadline_seconds=request.deadline_seconds,
+        )
+        self._group = join_update_group(
+            member, key=update_group_key(self._token, request.master_address, request.master_port)
         )
         return pb.InitUpdateResponse()
 

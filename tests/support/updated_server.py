@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from support.checkpoints import make_checkpoint, random_prompts
@@ -54,7 +55,16 @@ class Served:
 
     def send(self, trainer: Trainer, **arguments: Any) -> None:
         """Sends a full set."""
-        trainer.send_weights(self.trained.weights, version=self.next_version(), **arguments)
+        trainer.send_weights(self.named(trainer), version=self.next_version(), **arguments)
+
+    def named(self, trainer: Trainer) -> dict[str, torch.Tensor]:
+        """The trained weights as the checkpoint names them, which has longer names where it has a vision encoder."""
+        if not any(name.startswith("model.language_model.") for name in trainer.parameters):
+            return self.trained.weights
+        return {
+            name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name: tensor
+            for name, tensor in self.trained.weights.items()
+        }
 
     def check(self) -> None:
         """Greedy output is that of transformers with the trainer's weights, made with its version."""
@@ -73,9 +83,21 @@ class Served:
         return StubContext(self.server.control_target)
 
     def state(self) -> worker_pb2.EngineState:
+        return self._status().engine
+
+    def _status(self) -> worker_pb2.GangStatusResponse:
         with grpc.insecure_channel(self.server.health_target) as channel:
             stub = worker_pb2_grpc.StatusServiceStub(channel)
-            return stub.GangStatus(worker_pb2.GangStatusRequest(), timeout=10).engine
+            return stub.GangStatus(worker_pb2.GangStatusRequest(), timeout=10)
+
+    def processes(self) -> list[worker_pb2.ProcessStatus]:
+        """Of the server's pod."""
+        return list(self._status().processes)
+
+    def is_serving_anew(self, instance_id: str) -> bool:
+        """Whether another engine than that one has a world."""
+        state = self._status().engine
+        return state.instance_id != instance_id and state.phase == worker_pb2.PHASE_SERVING
 
     def ready(self) -> bool:
         with grpc.insecure_channel(self.server.health_target) as channel:
@@ -160,7 +182,8 @@ class Stream:
         return self
 
     def end(self) -> Stream:
-        self._thread.join(60)
+        # Hundreds of steps, on a machine that may be busy with other tests.
+        self._thread.join(300)
         assert not self._thread.is_alive()
         return self
 

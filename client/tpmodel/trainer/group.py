@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import socket
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,10 +17,11 @@ from tpmodel.trainer.gang import Gang
 from tpmodel.trainer.options import UpdateOptions
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel_worker.auth import update_group_key
-from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
+from tpmodel_worker.comm.communicator import CommunicatorError
 from tpmodel_worker.comm.rendezvous import start_store
-from tpmodel_worker.weights.group import join_update_group
-from tpmodel_worker.weights.indexed_group import IndexedGroups, join_indexed_groups
+from tpmodel_worker.weights.group import UpdateGroup, join_group
+from tpmodel_worker.weights.member import GroupMember, Rehearsal, default_backend
+from tpmodel_worker.weights.packing import TensorInfo
 from tpmodel_worker.weights.ranks import TRAINER
 
 _TRANSPORTS = {"ordered": pb.UPDATE_TRANSPORT_ORDERED, "indexed": pb.UPDATE_TRANSPORT_INDEXED}
@@ -38,20 +41,24 @@ class GangGroup:
         """
         self.gangs = tuple(gangs)
         address = options.address or own_address(gangs[0].target)
-        size = 1 + sum(gang.world_size for gang in gangs)
         self._store: TCPStore | None = _open_store(address)
-        self._communicator: Communicator | IndexedGroups | None = None
+        member = _member(options, address, self._store.port, gangs)
+        key = update_group_key(token, address, self._store.port)
+        self._communicator: UpdateGroup | None = None
+        refused = threading.Event()
         with ThreadPoolExecutor(len(gangs)) as threads:
             joining = [
-                threads.submit(
-                    gang.init, _init_request(options, address, self._store.port, index, size), 2 * options.join_seconds
-                )
+                threads.submit(gang.init, _init_request(options, member, index), 2 * options.join_seconds)
                 for index, gang in enumerate(gangs)
             ]
+            for future in joining:
+                # Nobody waits for the ranks of a gang that has refused.
+                future.add_done_callback(lambda future: refused.set() if future.exception() is not None else None)
             failure: Exception | None = None
             try:
-                self._communicator = _join(options, token, address, self._store.port, size)
-            except CommunicatorError as error:
+                indexed = options.transport == "indexed"
+                self._communicator = join_group(member, indexed=indexed, key=key, cancelled=refused)
+            except (CommunicatorError, TimeoutError) as error:
                 failure = error
         try:
             for future in joining:
@@ -64,7 +71,7 @@ class GangGroup:
             raise
 
     @property
-    def communicator(self) -> Communicator | IndexedGroups:
+    def communicator(self) -> UpdateGroup:
         """What tensors are broadcast by. Raises WeightUpdateError once the group was left."""
         if self._communicator is None:
             raise WeightUpdateError("ABORTED", "the group was left")
@@ -88,31 +95,33 @@ class GangGroup:
                 logger.warning("%s", error)
 
 
-def _join(options: UpdateOptions, token: str, address: str, port: int, size: int) -> Communicator | IndexedGroups:
-    device = torch.device(options.device)
-    if options.transport == "indexed":
-        return join_indexed_groups(
-            master_address=address,
-            master_port=port,
-            rank=TRAINER,
-            size=size,
-            device=device,
-            address=address,
-            backend=options.backend,
-            timeout_seconds=options.join_seconds,
-            deadline_seconds=options.deadline_seconds,
-        )
-    return join_update_group(
+def rehearsal_of(gang: Gang, options: UpdateOptions) -> Rehearsal | None:
+    """What the members do once before the first update: nothing between CPUs, where it would cost what it saves."""
+    backend = options.backend or default_backend(torch.device(options.device))
+    if options.transport == "indexed" or backend != "nccl":
+        return None
+    tensors = [TensorInfo(name, info.dtype, tuple(info.shape)) for name, info in gang.parameters.items()]
+    largest = max(tensors, key=lambda tensor: tensor.bytes)
+    if not options.packed:
+        return Rehearsal(largest.bytes, 1, largest.dtype)
+    # A chunk is closed by the tensor that takes it over the size.
+    chunk = min(options.buffer_size + largest.bytes, sum(tensor.bytes for tensor in tensors))
+    return Rehearsal(chunk, options.buffer_count, largest.dtype)
+
+
+def _member(options: UpdateOptions, address: str, port: int, gangs: Sequence[Gang]) -> GroupMember:
+    """The trainer, which is followed by the ranks of all gangs."""
+    return GroupMember(
         master_address=address,
         master_port=port,
         rank=TRAINER,
-        size=size,
-        device=device,
-        key=update_group_key(token, address, port),
+        size=1 + sum(gang.world_size for gang in gangs),
+        device=torch.device(options.device),
         address=address,
         backend=options.backend,
         timeout_seconds=options.join_seconds,
         deadline_seconds=options.deadline_seconds,
+        rehearsal=rehearsal_of(gangs[0], options),
     )
 
 
@@ -134,16 +143,18 @@ def own_address(target: str) -> str:
         return probe.getsockname()[0]
 
 
-def _init_request(options: UpdateOptions, address: str, port: int, index: int, size: int) -> pb.InitUpdateRequest:
+def _init_request(options: UpdateOptions, trainer: GroupMember, index: int) -> pb.InitUpdateRequest:
+    rehearsal = trainer.rehearsal
     return pb.InitUpdateRequest(
-        master_address=address,
-        master_port=port,
-        rank_offset=1,
-        world_size=size,
+        master_address=trainer.master_address,
+        master_port=trainer.master_port,
+        rank_offset=TRAINER + 1,
+        world_size=trainer.size,
         mode=_MODES[options.mode],
         gang_index=index,
-        timeout_seconds=options.join_seconds,
-        deadline_seconds=options.deadline_seconds,
+        timeout_seconds=trainer.timeout_seconds,
+        deadline_seconds=trainer.deadline_seconds,
         transport=_TRANSPORTS[options.transport],
-        backend=options.backend,
+        backend=trainer.backend,
+        rehearsal=pb.UpdateRehearsal(**dataclasses.asdict(rehearsal)) if rehearsal is not None else None,
     )

@@ -25,6 +25,7 @@ from tpmodel_worker.weights.indexed import (
     TrainerStoppedError,
 )
 from tpmodel_worker.weights.indexed_group import IndexedGroups, join_indexed_groups
+from tpmodel_worker.weights.member import GroupMember
 from tpmodel_worker.weights.numbering import indexed_tensors
 from tpmodel_worker.weights.packing import read_update
 
@@ -46,7 +47,7 @@ class IndexedTrainer:
         for rank in ranks:
             join.group_rank = 1 + rank.rank
             rank.step(join=join)
-        self.groups: IndexedGroups = join_indexed_groups(
+        member = GroupMember(
             master_address=HOST,
             master_port=store.port,
             rank=0,
@@ -56,6 +57,7 @@ class IndexedTrainer:
             timeout_seconds=20,
             deadline_seconds=deadline_seconds,
         )
+        self.groups: IndexedGroups = join_indexed_groups(member)
         self.steps = 0
         assert self.wait() == [""] * len(ranks)
         self.set = indexed_tensors(ranks[0].step(describe=pb.DescribeWeights()).parameters)
@@ -95,6 +97,7 @@ class IndexedTrainer:
     def commit(self, version: int) -> None:
         self.each(prepare=pb.PrepareCommit())
         self.each(commit=pb.CommitUpdate(version=version))
+        self.each(confirm=pb.ConfirmCommit())
 
 
 @pytest.fixture
@@ -244,7 +247,7 @@ class TestGroups:
     """U31."""
 
     def join(self, port: int, rank: int, cancelled: threading.Event, seconds: float = 20.0) -> IndexedGroups:
-        return join_indexed_groups(
+        member = GroupMember(
             master_address=HOST,
             master_port=port,
             rank=rank,
@@ -253,8 +256,8 @@ class TestGroups:
             address=HOST,
             timeout_seconds=seconds,
             deadline_seconds=20,
-            cancelled=cancelled,
         )
+        return join_indexed_groups(member, cancelled=cancelled)
 
     def test_there_are_two_groups_which_begin_with_a_barrier(self, world: World) -> None:
         trainer = IndexedTrainer(world.ranks(1))

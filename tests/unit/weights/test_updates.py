@@ -9,84 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.update_ranks import CPU, HOST, KEY, Rank, Weights, World, open_world, refusal
+from support.update_ranks import Weights, World, open_world, refusal
+from support.update_trainer import Trainer
 from support.waiting import until
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas import host as host_memory
 from tpmodel_worker.arenas.errors import ArenaMemoryError
-from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
-from tpmodel_worker.comm.rendezvous import start_store
-from tpmodel_worker.weights.broadcast import Broadcaster
-from tpmodel_worker.weights.group import join_update_group
+from tpmodel_worker.comm.communicator import CommunicatorError
 from tpmodel_worker.weights.packing import describe, write_update
-from tpmodel_worker.weights.ranks import TRAINER
-
-
-class Trainer:
-    """The other side, without the engine between."""
-
-    def __init__(self, ranks: list[Rank], *, deadline_seconds: float = 10.0, key: str = KEY) -> None:
-        self.ranks = ranks
-        self.steps = 0
-        store = start_store(HOST)
-        join = pb.JoinUpdate(
-            master_address=HOST,
-            master_port=store.port,
-            group_size=1 + len(ranks),
-            timeout_seconds=10,
-            deadline_seconds=deadline_seconds,
-            key=KEY,
-        )
-        for rank in ranks:
-            join.group_rank = 1 + rank.rank
-            rank.step(join=join)
-        self.group: Communicator = join_update_group(
-            master_address=HOST,
-            master_port=store.port,
-            rank=TRAINER,
-            size=1 + len(ranks),
-            device=CPU,
-            key=key,
-            address=HOST,
-            timeout_seconds=10,
-            deadline_seconds=deadline_seconds,
-        )
-        self.wait()
-
-    def wait(self) -> list[str]:
-        """Waits for the ranks' threads; their errors."""
-        until(self._done, "the ranks' threads are done")
-        return [rank.status.error for rank in self.ranks]
-
-    def _done(self) -> bool:
-        return all(rank.status.done and rank.status.step == self.steps for rank in self.ranks)
-
-    def begin(self, *, shadow: bool = False) -> None:
-        for rank in self.ranks:
-            rank.step(begin=pb.BeginUpdate(shadow=shadow))
-
-    def announce(self, weights: Weights, **layout: object) -> Broadcaster:
-        """All ranks check and wait; what sends it then."""
-        fields = {"packed": True, "buffer_size": 20_000, "buffer_count": 2} | layout
-        infos = [describe(name, tensor) for name, tensor in weights.items()]
-        update = write_update(infos, **fields)  # type: ignore[arg-type]
-        self.steps += 1
-        for rank in self.ranks:
-            rank.step(check=update)
-        for rank in self.ranks:
-            rank.step(receive=pb.ReceiveWeights(update=update, step=self.steps))
-        size = update.buffer_size if update.packed else 0
-        return Broadcaster(self.group, infos, buffer_size=size, buffer_count=2)
-
-    def send(self, weights: Weights, **layout: object) -> None:
-        self.announce(weights, **layout).send(weights.__getitem__, lambda _done: None, 10)
-        assert self.wait() == [""] * len(self.ranks)
-
-    def commit(self, version: int) -> None:
-        for rank in self.ranks:
-            rank.step(prepare=pb.PrepareCommit())
-        for rank in self.ranks:
-            rank.step(commit=pb.CommitUpdate(version=version))
 
 
 @pytest.fixture

@@ -173,9 +173,12 @@ class ServingLoop:
         self._pass_on(self._scheduler.fail_all(code, message))
         self._wake.set()
 
-    def adopt_weights(self, version: int) -> None:
-        """As Scheduler.adopt_weights."""
-        self._scheduler.adopt_weights(version)
+    def adopt_weights(self, version: int, *, on_first: Callable[[], None] = lambda: None) -> None:
+        """As Scheduler.adopt_weights. on_first: called with the first token that is made with them, for a request that
+        had begun."""
+        keys = self._scheduler.adopt_weights(version)
+        if keys and self._replay is None:
+            self._replay = Replay(keys, on_first=on_first, on_done=lambda: None)
         self._wake.set()
 
     def stop(self) -> None:

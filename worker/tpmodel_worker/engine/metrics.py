@@ -37,6 +37,14 @@ class EngineMetrics:
             "Versions of the weights that could not be kept in files.",
             registry=registry,
         )
+        self.weight_update_phase_seconds = Histogram(
+            "tpmodel_weight_update_phase_seconds",
+            "Parts of the time of a weight update: pause, begin, check, prepare_receiving, receive, trainer (between "
+            "its calls), digest, commit, confirm, clear; and first_step, to the first token of the new weights.",
+            ["phase"],
+            registry=registry,
+            buckets=_FAULT_BUCKETS,
+        )
         self.prefix_queries = Counter(
             "tpmodel_prefix_cache_queries", "Tokens looked up in the prefix cache.", registry=registry
         )

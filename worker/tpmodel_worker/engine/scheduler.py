@@ -248,17 +248,18 @@ class Scheduler:
         """Whether a request up to that number is live."""
         return any(state.arrival <= arrival for state in self._live.states())
 
-    def adopt_weights(self, version: int) -> None:
+    def adopt_weights(self, version: int) -> list[Hashable]:
         """Other weights are in place, and the ranks' slots are empty: KV of the old ones is never used again.
 
         Needs all plans answered. Live requests go on behind their committed tokens, as after rebuild; those that
-        had begun are said to be at the new version from here on.
+        had begun are said to be at the new version from here on. Returns their keys.
         """
         self._weight_version = version
         self.rebuild(self._config)
         for state in self._live.states():
             if state.admitted:
                 self._live.tell_admitted(state.samples[0], cached_tokens=0, weight_version=version)
+        return [state.request.key for state in self._live.states() if state.admitted]
 
     # ----------------------------------------------------------------------------------- metrics
 

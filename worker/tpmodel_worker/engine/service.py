@@ -87,6 +87,7 @@ class Engine:
             self.world,
             self.status,
             committed,
+            metrics,
             PersistWatch(self.status, metrics) if settings.persist_updates else None,
         )
         self._kv_sending = KvSending(self.world, self.status, deadline_seconds=settings.kv_transfer_deadline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -17,8 +18,14 @@ from tpmodel_worker.engine.served_world import ServedWorld
 from tpmodel_worker.engine.weight_errors import UpdateError, failure_of
 
 STEP_SECONDS = 60.0
-_FIRST_POLL_SECONDS = 0.005
+_FIRST_POLL_SECONDS = 0.003
 _LAST_POLL_SECONDS = 0.1
+_POLLS = 32
+"""The end is noticed within this part of the time that it took: pauses that double would add up to as much again."""
+_LAST_WORDS_SECONDS = 1.0
+"""For bytes that are on their way when the trainer has gone."""
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Step = Callable[[int], worker_pb2.WeightUpdateRequest]
@@ -36,6 +43,17 @@ class Background:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def undisturbed(self, work: Coroutine[Any, Any, T]) -> T:
+        """Does it to its end, also when the caller is cancelled meanwhile: then it is told so afterwards."""
+        task = self.start(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.warning("after its call was cancelled: %s", error)
+            raise
 
     def cancel(self) -> None:
         """Ends all of them."""
@@ -71,29 +89,36 @@ class UpdateRanks:
         pool = pool or self.pool
         requests = [step(rank) for rank in range(pool.world_size)]
         async with self.loop.between_plans():
-            # Cancelled or not, every rank is drained before the next step.
-            exchange = self._background.start(pool.control(requests, Patience(STEP_SECONDS)))
             try:
-                replies = await asyncio.shield(exchange)
-            except asyncio.CancelledError:
-                await asyncio.wait({exchange})
-                raise
+                # Cancelled or not, every rank is drained before the next step.
+                replies = await self._background.undisturbed(pool.control(requests, Patience(STEP_SECONDS)))
             except PoolError as error:
                 raise failure_of(error) from error
         return [reply.weight_update_ok for reply in replies]
 
     async def follow(
-        self, pool: Pool | None, step: int, seconds: float, *, progress_counts: bool = False
+        self,
+        pool: Pool | None,
+        step: int,
+        seconds: float,
+        *,
+        progress_counts: bool = False,
+        ended: Callable[[], str] = lambda: "",
     ) -> AsyncIterator[tuple[int, int]]:
         """How far the ranks' threads are: (bytes of the slowest, all bytes), until all are done. Raises UpdateError.
 
-        pool: of the update; another one serves when its world was lost. seconds: how long it may take, or
-        (progress_counts) how long nothing may come.
+        Args:
+            pool: of the update; another one serves when its world was lost.
+            step: of the ranks.
+            seconds: how long it may take, or (progress_counts) how long nothing may come.
+            progress_counts: see there.
+            ended: why nothing will come any more; "": it may. What is on its way then still has a moment.
         """
         clock = asyncio.get_running_loop().time
-        due = clock() + seconds
+        started = clock()
+        due = started + seconds
         seen = heard = 0
-        pause = _FIRST_POLL_SECONDS
+        over = ""
         while True:
             states = await self._states(pool)
             for rank, state in enumerate(states):
@@ -111,10 +136,14 @@ class UpdateRanks:
             if received > seen:
                 seen = received
                 yield received, states[0].total_bytes
+            if not over and (over := ended()):
+                due = min(due, clock() + _LAST_WORDS_SECONDS)
+                seconds = _LAST_WORDS_SECONDS
             if clock() >= due:
+                if over:
+                    raise UpdateError(grpc.StatusCode.ABORTED, over)
                 raise UpdateError(grpc.StatusCode.DEADLINE_EXCEEDED, f"no progress for {seconds:g} s")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_POLL_SECONDS)
+            await asyncio.sleep(_pause(clock() - started))
 
     async def _states(self, expected: Pool | None) -> list[worker_pb2.WeightUpdateStatus]:
         pool = self.pool
@@ -124,3 +153,7 @@ class UpdateRanks:
             return [status.weight_update for status in await pool.statuses()]
         except (grpc.aio.AioRpcError, WrongRankError) as error:
             raise UpdateError(grpc.StatusCode.ABORTED, f"a rank does not answer: {error}") from error
+
+
+def _pause(elapsed: float) -> float:
+    return min(max(_FIRST_POLL_SECONDS, elapsed / _POLLS), _LAST_POLL_SECONDS)

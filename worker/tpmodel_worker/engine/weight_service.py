@@ -69,8 +69,9 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
     ) -> pb.FinishUpdateResponse:
         """Commits."""
         async with _refusals(context):
-            await self._updates.finish(request.version)
-        return pb.FinishUpdateResponse(served=self._updates.served)
+            phases = await self._updates.finish(request.version)
+            return pb.FinishUpdateResponse(served=self._updates.served, phases=phases)
+        raise AssertionError("a refusal ends the call")
 
     async def AbortUpdate(  # noqa: N802
         self, request: pb.AbortUpdateRequest, context: grpc.aio.ServicerContext

@@ -23,7 +23,7 @@ from tpmodel_worker.comm.communicator import Communicator, CommunicatorAbortedEr
 from tpmodel_worker.comm.gloo import GlooCommunicator, open_gloo, own_address
 from tpmodel_worker.comm.sockets import Connections
 from tpmodel_worker.comm.specification import CommunicatorSpec
-from tpmodel_worker.weights.group import default_backend
+from tpmodel_worker.weights.member import GroupMember
 
 CONTROL = "gloo_group"
 DATA = "weight_update_group"
@@ -50,31 +50,12 @@ class IndexedGroups:
         self.data.close()
 
 
-def join_indexed_groups(
-    *,
-    master_address: str,
-    master_port: int,
-    rank: int,
-    size: int,
-    device: torch.device,
-    address: str,
-    backend: str = "",
-    timeout_seconds: float,
-    deadline_seconds: float,
-    cancelled: threading.Event | None = None,
-) -> IndexedGroups:
+def join_indexed_groups(member: GroupMember, *, cancelled: threading.Event | None = None) -> IndexedGroups:
     """Joins both; returns once every member has. All members call it at the same time.
 
     Args:
-        master_address: where the trainer keeps the store.
-        master_port: of the store.
-        rank: in both groups.
-        size: members, all trainers included.
-        device: of the data.
-        address: IP of this member, to which what it listens on is bound; "": the way to the trainer.
-        backend: of the data: nccl or gloo; empty: what the device's kind has.
-        timeout_seconds: how long joining may take.
-        deadline_seconds: how long a broadcast may wait for a member: signs of life have to come more often.
+        member: who joins, and where; its rank and size are those of both groups, its device and backend those of
+            the data. Signs of life have to come more often than its deadline.
         cancelled: another thread may set it to end the joining.
 
     Raises:
@@ -82,32 +63,20 @@ def join_indexed_groups(
         CommunicatorAbortedError: cancelled was set.
     """
     cancelled = cancelled or threading.Event()
-    spec = CommunicatorSpec(
-        epoch=0,
-        rank=rank,
-        world_size=size,
-        rendezvous=join_host_port(master_address, master_port),
-        rendezvous_id=DATA,
-        timeout_seconds=timeout_seconds,
-        pods=tuple(str(member) for member in range(size)),
-        kind=backend or default_backend(device),
-        address=address,
-        deadline_seconds=deadline_seconds,
-    )
+    spec = member.spec(DATA)
     try:
         spec.check()
-        return _join(spec, master_address, master_port, device, cancelled)
+        return _join(spec, member, cancelled)
     except CommunicatorAbortedError:
         raise
     except (CommunicatorError, DistError, OSError) as error:
         if cancelled.is_set():
-            raise CommunicatorAbortedError(f"member {rank}: the joining was cancelled") from error
-        raise CommunicatorError(f"member {rank}: {error}") from error
+            raise CommunicatorAbortedError(f"member {member.rank}: the joining was cancelled") from error
+        raise CommunicatorError(f"member {member.rank}: {error}") from error
 
 
-def _join(
-    spec: CommunicatorSpec, host: str, port: int, device: torch.device, cancelled: threading.Event
-) -> IndexedGroups:
+def _join(spec: CommunicatorSpec, member: GroupMember, cancelled: threading.Event) -> IndexedGroups:
+    host, port = member.master_address, member.master_port
     deadline = time.monotonic() + spec.timeout_seconds
     _wait_until_listening(host, port, deadline, cancelled)
     connections = Connections(own_address(spec.rendezvous))
@@ -125,7 +94,7 @@ def _join(
         with _cut_when(cancelled, connections):
             control = open_gloo(_group_store(store, CONTROL, "cpu"), spec)
             undo.callback(_discard, control)
-            data = _open_data(store, spec, device)
+            data = _open_data(store, spec, member.device)
             undo.callback(_discard, data)
             control.barrier()
         # A group of NCCL is connected by its first collective, through the store.

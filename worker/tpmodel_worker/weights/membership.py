@@ -12,10 +12,11 @@ from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.weights.background import BackgroundTask, Report
-from tpmodel_worker.weights.group import join_update_group
-from tpmodel_worker.weights.indexed_group import IndexedGroups, join_indexed_groups
-
-_JOIN_STEP = 0
+from tpmodel_worker.weights.group import UpdateGroup, join_group
+from tpmodel_worker.weights.indexed_group import IndexedGroups
+from tpmodel_worker.weights.member import GroupMember
+from tpmodel_worker.weights.ranks import JOIN_STEP
+from tpmodel_worker.weights.rehearsal import read_rehearsal
 
 
 class Membership:
@@ -26,7 +27,7 @@ class Membership:
         self._device = device
         self._address = address
         self._report = report
-        self._group: Communicator | IndexedGroups | None = None
+        self._group: UpdateGroup | None = None
         self._task: BackgroundTask | None = None
         self.cancelled = threading.Event()
         """Set once the group is of no use any more."""
@@ -34,17 +35,19 @@ class Membership:
         """How long one broadcast may take."""
 
     def join(self, join: pb.JoinUpdate) -> None:
-        """Leaves the group before, and begins to join another one."""
+        """Leaves the group before, and begins to join another one. Raises RequestError."""
+        member = self._describe(join)
         self.end("the trainer joins anew")
         self.cancelled = cancelled = threading.Event()
         self.deadline_seconds = join.deadline_seconds
+        indexed = join.transport == weights_pb2.UPDATE_TRANSPORT_INDEXED
 
         def job(_task: BackgroundTask) -> None:
-            self._group = group = self._join(join, cancelled)
+            self._group = group = join_group(member, indexed=indexed, key=join.key, cancelled=cancelled)
             if cancelled.is_set():
                 group.abort("the joining was cancelled")
 
-        self._task = BackgroundTask(job, self._report, step=_JOIN_STEP)
+        self._task = BackgroundTask(job, self._report, step=JOIN_STEP)
 
     def start(self, job: Callable[[BackgroundTask], None], *, step: int, total_bytes: int = 0) -> None:
         """Begins a job in the group; group_for says whether one is under way."""
@@ -85,32 +88,22 @@ class Membership:
         if group is not None:
             group.close()
 
-    def _join(self, join: pb.JoinUpdate, cancelled: threading.Event) -> Communicator | IndexedGroups:
-        if join.transport == weights_pb2.UPDATE_TRANSPORT_INDEXED:
-            return join_indexed_groups(
-                master_address=join.master_address,
-                master_port=join.master_port,
-                rank=join.group_rank,
-                size=join.group_size,
-                device=self._device,
-                address=self._address,
-                backend=join.backend,
-                timeout_seconds=join.timeout_seconds,
-                deadline_seconds=join.deadline_seconds,
-                cancelled=cancelled,
-            )
-        return join_update_group(
+    def _describe(self, join: pb.JoinUpdate) -> GroupMember:
+        try:
+            rehearsal = read_rehearsal(join.rehearsal) if join.HasField("rehearsal") else None
+        except ValueError as error:
+            raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, str(error)) from error
+        return GroupMember(
             master_address=join.master_address,
             master_port=join.master_port,
             rank=join.group_rank,
             size=join.group_size,
             device=self._device,
-            key=join.key,
             address=self._address,
             backend=join.backend,
             timeout_seconds=join.timeout_seconds,
             deadline_seconds=join.deadline_seconds,
-            cancelled=cancelled,
+            rehearsal=rehearsal,
         )
 
 

@@ -7,48 +7,28 @@ is filled while the first is in use; the commit exchanges them.
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
 from tpmodel.v1 import weights_pb2
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
-from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
-from tpmodel_worker.comm.communicator import Communicator
-from tpmodel_worker.loading.load import LoadedModel, completed_manifest, digest_tensors
-from tpmodel_worker.loading.plan import ArenaPlan, bind_parameters, plan_weights
+from tpmodel_worker.loading.load import LoadedModel, digest_tensors
+from tpmodel_worker.loading.plan import ArenaPlan, plan_weights
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.weights.background import BackgroundTask, Report
-from tpmodel_worker.weights.broadcast import Broadcaster, Progress
-from tpmodel_worker.weights.indexed import RETRY_SECONDS, IndexedReceiver, TrainerStoppedError
+from tpmodel_worker.weights.held import HeldWeights, Shard
+from tpmodel_worker.weights.indexed import TrainerStoppedError
 from tpmodel_worker.weights.membership import Membership, out_of_order
 from tpmodel_worker.weights.packing import TensorInfo, read_update
 from tpmodel_worker.weights.persister import Persister
+from tpmodel_worker.weights.receiving import Receivers
 from tpmodel_worker.weights.target import WeightTarget, check_tensors, describe_parameters, missing_tensors
 
-_Receiving = Callable[[Callable[[str, torch.Tensor], None], Progress], None]
-
 _logger = logging.getLogger(__name__)
-
-
-class Shard(Protocol):
-    """Where the model of this rank is."""
-
-    @property
-    def loaded(self) -> LoadedModel | None:
-        """The model, if there is one."""
-        ...
-
-    def replace_weights(self, *, arena: Arena, digest: int, version: int | None) -> None:
-        """Notes which arena holds the model's weights now, and what they are."""
-        ...
 
 
 class _Update:
@@ -60,14 +40,6 @@ class _Update:
         self.checked: weights_pb2.UpdateRequest | None = None
         self.received: set[str] = set()
         self.digests: dict[str, int] | None = None
-
-
-class _Awaited:
-    """A receiver that has the first index of a set, and what it was made for."""
-
-    def __init__(self, tensors: weights_pb2.UpdateRequest, receiver: IndexedReceiver) -> None:
-        self.tensors = tensors
-        self.receiver = receiver
 
 
 class WeightUpdates:
@@ -90,11 +62,10 @@ class WeightUpdates:
         """
         self._rank = rank
         self._device = device
-        self._arenas = arenas
         self._shard = shard
         self._member = Membership(device=device, address=address, report=report)
-        self._persister = persister
-        self._awaited: _Awaited | None = None
+        self._receivers = Receivers(self._member)
+        self._held = HeldWeights(rank, arenas, shard, persister)
         self._update: _Update | None = None
 
     @property
@@ -112,7 +83,7 @@ class WeightUpdates:
         """
         ok = pb.WeightUpdateOk()
         if request.HasField("find_persisted"):
-            self._find_persisted(request.find_persisted.folder, ok)
+            self._held.find_persisted(request.find_persisted.folder, ok)
             return ok
         loaded = self._loaded()
         match request.WhichOneof("step"):
@@ -132,8 +103,10 @@ class WeightUpdates:
                 ok.digest = self._prepare()
             case "commit":
                 self._commit(loaded, request.commit.version)
+            case "confirm":
+                self._held.confirm()
             case "prune_persisted":
-                self._persister.prune(request.prune_persisted.keep)
+                self._held.prune(request.prune_persisted.keep)
             case "abort":
                 self._abort(request.abort.reason)
             case "find_persisted" | None:
@@ -145,14 +118,11 @@ class WeightUpdates:
 
     def keep(self, folder: str) -> None:
         """A model was loaded: what it is made of is kept in the folder ("": nowhere), where it is no checkpoint."""
-        self._persister.choose(folder)
-        loaded = self._shard.loaded
-        if loaded is not None and loaded.weight_version:
-            self._persister.keep(loaded.arena, self._manifest(loaded))
+        self._held.keep(folder)
 
     def unload(self) -> None:
         """The model is about to be dropped, and with it whatever is under way."""
-        self._persister.cancel()
+        self._held.stop_writing()
         self.leave("the model is unloaded")
 
     def abort_group(self, reason: str) -> None:
@@ -166,25 +136,25 @@ class WeightUpdates:
         except RequestError:
             # The supervisor's deadline for leaving an epoch ends the process.
             _logger.exception("the weight update holds up the end of the epoch")
-        self._update = None
+        self._drop_update()
+        self._held.settle()
 
     # ------------------------------------------------------------------------------------ the steps
 
     def _join(self, join: pb.JoinUpdate) -> None:
         if self._update is not None:
             raise out_of_order("join", "an update is under way: finish or abort it first")
-        self._awaited = None
+        self._receivers.forget()
+        self._held.settle()
         self._member.join(join)
 
     def _await_index(self, request: pb.AwaitIndex) -> None:
         """Waits for the trainer's first index; the receiving goes on with the same receiver."""
-        group = self._member.group_for("await_index")
+        self._member.group_for("await_index")
         if not self._member.indexed:
             raise out_of_order("await_index", "the group was not joined for transport indexed")
         tensors = self._check_indexed(self._target_plan(), request.tensors)
-        member = self._member
-        receiver = IndexedReceiver(group, tensors, cancelled=member.cancelled, retry_seconds=RETRY_SECONDS)
-        self._awaited = _Awaited(request.tensors, receiver)
+        receiver = self._receivers.awaiting(tensors, request.tensors)
 
         def job(task: BackgroundTask) -> None:
             try:
@@ -192,12 +162,13 @@ class WeightUpdates:
             except TrainerStoppedError as error:
                 task.stopped = str(error)
 
-        member.start(job, step=request.step)
+        self._member.start(job, step=request.step)
 
     def _begin(self, loaded: LoadedModel, *, shadow: bool) -> None:
         self._member.group_for("begin")
         if self._update is not None:
             raise out_of_order("begin", "an update is under way: finish or abort it first")
+        self._held.settle()
         plan = plan_weights(loaded.model)
         arena = loaded.arena
         if shadow:
@@ -232,18 +203,14 @@ class WeightUpdates:
         return tensors
 
     def _receive(self, loaded: LoadedModel, receive: pb.ReceiveWeights) -> None:
-        group = self._member.group_for("receive")
         update = self._update_for("receive")
         if update.checked != receive.update:
             raise out_of_order("receive", "these tensors were not checked before")
         update.checked, update.digests = None, None
         tensors = read_update(receive.update)
-        if receive.update.indexed:
-            total, receiving = self._indexed_receiving(group, tensors, receive.update)
-        else:
-            total, receiving = self._ordered_receiving(group, tensors, receive.update)
+        total, receiving = self._receivers.receiving(tensors, receive.update)
         if not update.shadow:
-            self._mark_updating(loaded, update.target)
+            self._held.mark_updating(loaded, update.target)
 
         def job(task: BackgroundTask) -> None:
             try:
@@ -254,29 +221,6 @@ class WeightUpdates:
             update.received |= {tensor.name for tensor in tensors}
 
         self._member.start(job, step=receive.step, total_bytes=total)
-
-    def _ordered_receiving(
-        self, group: Communicator, tensors: Sequence[TensorInfo], request: weights_pb2.UpdateRequest
-    ) -> tuple[int, _Receiving]:
-        broadcaster = Broadcaster(
-            group,
-            tensors,
-            buffer_size=request.buffer_size if request.packed else 0,
-            buffer_count=request.buffer_count if request.packed else 1,
-        )
-        deadline = self._member.deadline_seconds
-        return broadcaster.total_bytes, lambda load, progress: broadcaster.receive(load, progress, deadline)
-
-    def _indexed_receiving(
-        self, group: Communicator, tensors: Sequence[TensorInfo], request: weights_pb2.UpdateRequest
-    ) -> tuple[int, _Receiving]:
-        awaited, self._awaited = self._awaited, None
-        if awaited is not None and awaited.tensors.names == request.names and awaited.tensors.dtypes == request.dtypes:
-            receiver = awaited.receiver
-        else:
-            member = self._member
-            receiver = IndexedReceiver(group, tensors, cancelled=member.cancelled, retry_seconds=RETRY_SECONDS)
-        return sum(tensor.bytes for tensor in tensors), receiver.receive
 
     def _prepare(self) -> int:
         update = self._update_for("prepare")
@@ -291,68 +235,20 @@ class WeightUpdates:
         digests = update.digests
         if digests is None:
             raise out_of_order("commit", "the set was not prepared")
-        manifest, arena = self._manifest(loaded), update.target.arena
-        self._persister.cancel()
-        if update.shadow:
-            arena.id = loaded.arena.id
-        committed = completed_manifest(manifest, arena, digests, version=version)
-        if update.shadow:
-            self._arenas.store(arena, committed)
-        else:
-            self._arenas.update_manifest(committed)
+        self._held.commit(loaded, update.target, digests, shadow=update.shadow, version=version)
         self._update = None
-        before = loaded.arena
-        self._shard.replace_weights(arena=arena, digest=sum(digests.values()) % (1 << 64), version=version)
-        if update.shadow:
-            bind_parameters(loaded.model, update.target.plan, arena)
-            # The old parameters were views of it.
-            gc.collect()
-            before.close()
-        self._persister.keep(arena, committed)
 
     def _abort(self, reason: str) -> None:
         self._member.end(reason or "the update was aborted")
-        update, self._update = self._update, None
-        if update is not None and update.shadow:
-            update.target.arena.close()
+        self._drop_update()
+        self._held.revert()
 
     # ---------------------------------------------------------------------------------------- parts
 
-    def _mark_updating(self, loaded: LoadedModel, target: WeightTarget) -> None:
-        self._persister.cancel()
-        if loaded.weight_version is None:
-            return
-        manifest = self._manifest(loaded)
-        manifest.state = pb.ARENA_STATE_UPDATING
-        self._arenas.update_manifest(manifest)
-        self._shard.replace_weights(arena=target.arena, digest=0, version=None)
-
-    def _find_persisted(self, folder: str, ok: pb.WeightUpdateOk) -> None:
-        files = self._persister.choose(folder)
-        ok.persisted_versions.extend(files.versions() if files is not None else ())
-        loaded = self._shard.loaded
-        if loaded is not None:
-            held = loaded.weight_version
-        else:
-            manifest = self._held_manifest(ArenaId(self._rank, "weights", 0))
-            complete = manifest is not None and manifest.state == pb.ARENA_STATE_COMPLETE
-            held = manifest.weight_version if manifest is not None and complete else None
-        if held is not None:
-            ok.held_version = held
-
-    def _held_manifest(self, arena_id: ArenaId) -> pb.ArenaManifest | None:
-        held = self._arenas.fetch(arena_id)
-        if held is None:
-            return None
-        descriptor, manifest = held
-        os.close(descriptor)
-        return manifest
-
-    def _manifest(self, loaded: LoadedModel) -> pb.ArenaManifest:
-        manifest = self._held_manifest(loaded.arena.id)
-        if manifest is None:
-            raise ArenaError(f"{loaded.arena.id} is not held by the supervisor any more")
-        return manifest
+    def _drop_update(self) -> None:
+        update, self._update = self._update, None
+        if update is not None and update.shadow:
+            update.target.arena.close()
 
     def _loaded(self) -> LoadedModel:
         loaded = self._shard.loaded

@@ -1,0 +1,185 @@
+"""Weight updates that fail at each of their stages, on one rank of two: in place, and in shadow.
+
+In place nothing is served until a full set has come; in shadow nothing has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from support.update_ranks import World, open_world
+from support.updated_engine import Gate, UpdatedEngine
+from tpmodel_worker.engine.weight_errors import UpdateError
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with open_world(tmp_path) as world:
+        yield world
+
+
+@pytest.fixture
+async def engine(world: World, tmp_path: Path) -> AsyncIterator[UpdatedEngine]:
+    engine = UpdatedEngine(world, tmp_path)
+    yield engine
+    await engine.close()
+
+
+def fail() -> None:
+    raise OSError(28, "No space left on device")
+
+
+async def heal(engine: UpdatedEngine, version: int) -> None:
+    """A full set in place mends whatever there is."""
+    engine.rank_pool.before.clear()
+    await engine.update(version, shadow=False, weights=engine.world.new_weights(version))
+    assert engine.updates.served.version == version
+    assert [rank.version for rank in engine.ranks] == [version] * len(engine.ranks)
+
+
+def check_ended(engine: UpdatedEngine, *, shadow: bool, touched: bool = True) -> None:
+    served = engine.updates.served
+    if shadow or not touched:
+        assert (served.HasField("version"), served.version, served.reason) == (True, 0, "")
+        assert engine.unchanged()
+    else:
+        assert (served.HasField("version"), served.reason) == (False, "WeightsIncomplete")
+        assert engine.status.weights_condition == "WeightsIncomplete"
+
+
+STEPS = ("join", "begin", "receive", "prepare", "commit")
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_an_exception_on_one_rank_leaves_no_half_set(engine: UpdatedEngine, step: str, shadow: bool) -> None:
+    """E46, U35."""
+    engine.rank_pool.before[step, 1] = fail
+    weights = engine.world.new_weights(5)
+    with pytest.raises(UpdateError, match=r"rank 1: internal: .*No space left on device"):
+        await engine.update(1, shadow=shadow, weights=weights)
+    await engine.updates.abort("as the trainer's side does after every failure")
+    # In place the set is broken off once bytes may have moved.
+    check_ended(engine, shadow=shadow, touched=step in ("receive", "prepare", "commit"))
+    await heal(engine, 2)
+
+
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_a_prepare_that_fails_once_may_be_tried_again(engine: UpdatedEngine, shadow: bool) -> None:
+    """E46: nothing is committed anywhere before every rank is prepared."""
+    await engine.up_to_finish(shadow=shadow, weights=engine.world.new_weights(5))
+    engine.rank_pool.before["prepare", 0] = fail
+    with pytest.raises(UpdateError):
+        await engine.updates.finish(1)
+    assert [rank.version for rank in engine.ranks] == ([0, 0] if shadow else [None, None])
+    engine.rank_pool.before.clear()
+    await engine.updates.finish(1)
+    assert engine.updates.served.version == 1
+
+
+@pytest.mark.parametrize("step", ["prepare", "commit"])
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_a_trainer_that_dies_during_finish_does_not_stop_it(
+    engine: UpdatedEngine, shadow: bool, step: str
+) -> None:
+    """E46: it has done its part; the set is committed on every rank."""
+    gate = Gate()
+    engine.rank_pool.before[step, 1] = gate
+    await engine.up_to_finish(shadow=shadow, weights=engine.world.new_weights(5))
+    with gate.closed():
+        finishing = asyncio.ensure_future(engine.updates.finish(1))
+        assert await asyncio.to_thread(gate.reached.wait, 30)
+        engine.lose_the_trainer()
+        finishing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await finishing
+    assert engine.updates.served.version == 1
+    assert [rank.version for rank in engine.ranks] == [1, 1]
+    assert engine.rank_pool.cleared == 1
+
+
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_a_start_that_is_cancelled_leaves_nothing_paused(engine: UpdatedEngine, shadow: bool) -> None:
+    gate = Gate()
+    engine.rank_pool.before["begin", 1] = gate
+    await engine.init(shadow=shadow)
+    with gate.closed():
+        starting = asyncio.ensure_future(engine.start())
+        assert await asyncio.to_thread(gate.reached.wait, 30)
+        starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    check_ended(engine, shadow=shadow, touched=False)
+    await heal(engine, 1)
+
+
+@pytest.mark.parametrize("stage", ["started", "sent"])
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_a_trainer_that_dies_between_two_calls_is_noticed_at_once(
+    engine: UpdatedEngine, shadow: bool, stage: str
+) -> None:
+    """E46."""
+    await engine.init(shadow=shadow, deadline_seconds=60)
+    await engine.start()
+    if stage == "sent":
+        await engine.send(engine.world.new_weights(5))
+    engine.lose_the_trainer()
+    await ended(engine)
+    check_ended(engine, shadow=shadow, touched=stage == "sent")
+    await heal(engine, 1)
+
+
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_a_trainer_that_dies_within_update_ends_it_though_no_rank_notices(
+    engine: UpdatedEngine, shadow: bool
+) -> None:
+    """E46: as over NCCL, and where another program holds the call. The deadline is a minute."""
+    await engine.init(shadow=shadow, deadline_seconds=60)
+    await engine.start()
+    weights = engine.world.new_weights(5)
+    begun = asyncio.get_running_loop().time()
+    with pytest.raises(UpdateError, match="the trainer has gone") as caught:
+        await engine.receive(weights, then=engine.lose_the_trainer)
+    assert caught.value.code == grpc.StatusCode.ABORTED
+    assert asyncio.get_running_loop().time() - begun < 20
+    check_ended(engine, shadow=shadow)
+    await heal(engine, 1)
+
+
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_a_trainer_that_hangs_within_update_is_waited_for_up_to_the_deadline(
+    engine: UpdatedEngine, shadow: bool
+) -> None:
+    """E46."""
+    await engine.init(shadow=shadow, deadline_seconds=1)
+    await engine.start()
+    with pytest.raises(UpdateError):
+        await engine.receive(engine.world.new_weights(5))
+    check_ended(engine, shadow=shadow)
+    await heal(engine, 1)
+
+
+async def test_the_time_of_an_update_is_told_by_its_parts(engine: UpdatedEngine) -> None:
+    await engine.up_to_finish(shadow=False, weights=engine.world.new_weights(5))
+    phases = await engine.updates.finish(1)
+    assert [phase.name for phase in phases] == [
+        "pause", "begin", "trainer", "check", "prepare_receiving", "receive", "digest", "commit", "confirm", "clear",
+    ]  # fmt: skip
+    assert all(phase.seconds >= 0 for phase in phases)
+
+
+async def ended(engine: UpdatedEngine) -> None:
+    """Returns when the update is over."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await engine.start()
+            except UpdateError as error:
+                if "the update is idle" in str(error):
+                    return
+            await asyncio.sleep(0.02)
