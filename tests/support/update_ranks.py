@@ -110,7 +110,8 @@ class World:
         """Loads the checkpoint, or maps what is held."""
         path = self.folder / "checkpoint"
         if not path.exists():
-            make_checkpoint(path, seed=1, **checkpoint)
+            checkpoint.setdefault("seed", 1)
+            make_checkpoint(path, **checkpoint)
         return [Rank(path, self.arenas, rank, world_size) for rank in range(world_size)]
 
     def rank(self, *, persisted: ShardFiles, version: int) -> Rank:
