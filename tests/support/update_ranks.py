@@ -110,8 +110,7 @@ class World:
         """Loads the checkpoint, or maps what is held."""
         path = self.folder / "checkpoint"
         if not path.exists():
-            checkpoint.setdefault("seed", 1)
-            make_checkpoint(path, **checkpoint)
+            make_checkpoint(path, seed=1, **checkpoint)
         return [Rank(path, self.arenas, rank, world_size) for rank in range(world_size)]
 
     def rank(self, *, persisted: ShardFiles, version: int) -> Rank:

@@ -59,16 +59,6 @@ class Commit:
         # The trainer has done its part: if it goes away from here on, that changes nothing.
         await self._background.undisturbed(self._finish(loop, version))
 
-    async def adopt(self, version: int) -> None:
-        """Serves a version that every rank has committed without a trainer. Raises UpdateError, PoolError."""
-        loop = self._ranks.loop
-        async with loop.between_plans():
-            await self._ranks.pool.clear_kv_cache(0)
-            loop.adopt_weights(version)
-            self._show(version)
-        self._pause.end(loop)
-        await self._note(version)
-
     async def _finish(self, loop: ServingLoop, version: int) -> None:
         async with loop.between_plans():
             await self._prepare(loop)
@@ -107,9 +97,6 @@ class Commit:
         loop.adopt_weights(version, on_first=lambda: self._first_step(version, time.monotonic() - started))
         self._life.touched = self._life.complete = False
         self._life.stage = Stage.JOINED
-        self._show(version)
-
-    def _show(self, version: int) -> None:
         self._status.set_weight_version(version)
         self._status.set_weights_condition("")
 

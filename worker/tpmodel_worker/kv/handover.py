@@ -39,7 +39,7 @@ class Outcome:
 
 
 class Handover:
-    """One transfer on this rank, until its thread has ended. Methods from any thread."""
+    """One request's transfer on this rank, until its thread has ended. Methods from any thread."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -74,11 +74,6 @@ class Handover:
             pipes = list(self._pipes)
         for pipe in pipes:
             pipe.abort(reason)
-
-    def check(self) -> None:
-        """For jobs that work for long without a pipe. Raises KvPipeError once it was cancelled."""
-        if self._cancelled.is_set():
-            raise KvPipeError(self._reason)
 
     def wait(self) -> bool:
         """Waits for the end of one that was cancelled; False when it does not come."""
@@ -178,7 +173,7 @@ class Handovers:
             with self._stream(after):
                 return send_cache(plan, self._rank, cache, pipes)
 
-        self.begin(handover, job)
+        self._begin(handover, job)
         return endpoints
 
     def receive(self, request: worker_pb2.KvTransferRequest, plan: TransferPlan, cache: RequestCache) -> None:
@@ -195,10 +190,9 @@ class Handovers:
             with self._stream(after):
                 return receive_cache(plan, self._rank, cache, pipes)
 
-        self.begin(handover, job)
+        self._begin(handover, job)
 
-    def begin(self, handover: Handover, job: Callable[[], int]) -> None:
-        """Runs a transfer's job (Handover.start): it is found by its name, and cancelled with all others."""
+    def _begin(self, handover: Handover, job: Callable[[], int]) -> None:
         with self._lock:
             self._known[handover.name] = handover
         handover.start(job)

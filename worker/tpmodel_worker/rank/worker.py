@@ -29,7 +29,6 @@ from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.rank.session import EpochEndedError, EpochGate
 from tpmodel_worker.rank.shard import ShardHolder
 from tpmodel_worker.rank.status import StatusBoard
-from tpmodel_worker.weights.copying import WeightCopies
 from tpmodel_worker.weights.persister import Persister
 from tpmodel_worker.weights.updates import WeightUpdates
 
@@ -103,7 +102,6 @@ class Worker:
         self._gate = gate
         self._status = status
         self._shard = ShardHolder(rank=rank, device=device, arenas=arenas, device_sharers=device_sharers)
-        persister = Persister(rank, status.persist)
         self._updates = WeightUpdates(
             rank=rank,
             device=device,
@@ -111,20 +109,10 @@ class Worker:
             shard=self._shard,
             address=address,
             report=status.weight_update,
-            persister=persister,
+            persister=Persister(rank, status.persist),
         )
         self._device_id = _device_id(device)
         self.handovers = Handovers(rank=rank, device=device, device_id=self._device_id, address=address, token=token)
-        self._copies = WeightCopies(
-            rank=rank,
-            device=device,
-            device_id=self._device_id,
-            address=address,
-            arenas=arenas,
-            shard=self._shard,
-            transfers=self.handovers,
-            persister=persister,
-        )
         self._commands: queue.SimpleQueue[_Open | _Leave | pb.SessionRequest] = queue.SimpleQueue()
         self._epoch: _Epoch | None = None
         self._handlers: dict[str, Callable[[_Epoch, pb.SessionRequest], pb.SessionResponse]] = {
@@ -135,7 +123,6 @@ class Worker:
             "unload_model": self._unload,
             "weight_update": self._update_weights,
             "kv_transfer": self._transfer_kv,
-            "weight_copy": self._copy_weights,
             "shutdown": self._shut_down,
         }
 
@@ -190,8 +177,7 @@ class Worker:
         self._updates.leave("the epoch ends")
         while not self.handovers.leave("the epoch ends"):
             # What comes next would be written into; the supervisor's deadline ends the process.
-            _logger.error("the thread of a transfer does not end", extra={"epoch": epoch.number})
-        self._drop_unfinished()
+            _logger.error("the thread of a KV transfer does not end", extra={"epoch": epoch.number})
         if not epoch.replies.close(ABORT_SECONDS):
             _logger.error("the device does not finish its work", extra={"epoch": epoch.number})
         if epoch.communicator is not None:
@@ -318,32 +304,11 @@ class Worker:
 
     def _update_weights(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
         self._communicator(epoch)
-        step = request.weight_update.WhichOneof("step")
-        if step == "begin":
-            self._copies.leave("a weight update begins")
         ok = self._updates.execute(request.weight_update)
-        if step == "confirm" or not self._updates.whole:
-            self._copies.superseded()
-        self._show_weights()
+        loaded = self._shard.loaded
+        if loaded is not None:
+            self._status.update(weight_version=loaded.weight_version or 0, weights_digest=loaded.digest)
         return pb.SessionResponse(weight_update_ok=ok)
-
-    def _copy_weights(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
-        self._communicator(epoch)
-        ok = self._copies.execute(request.weight_copy)
-        self._show_weights()
-        return pb.SessionResponse(weight_copy_ok=ok)
-
-    def _drop_unfinished(self) -> None:
-        """Weights that a copy has overwritten in part must not be kept for the next epoch."""
-        if not self._copies.unfinished:
-            return
-        try:
-            self._shard.unload()
-        except ArenaError:
-            # The manifest says that nobody may use them.
-            _logger.warning("the memory of a copy that was broken off is not given back", exc_info=True)
-        self._copies.superseded()
-        self._show_model()
 
     def _transfer_kv(self, epoch: _Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
         transfer = request.kv_transfer
@@ -369,14 +334,13 @@ class Worker:
     def _leave_handovers(self, reason: str) -> None:
         if not self.handovers.leave(reason):
             # Memory that a thread writes can't be given to anybody else.
-            raise RequestError(pb.ERROR_KIND_INTERNAL, f"{reason}, but the thread of a transfer does not end")
+            raise RequestError(pb.ERROR_KIND_INTERNAL, f"{reason}, but the thread of a KV transfer does not end")
 
     def _unload(self, epoch: _Epoch, _request: pb.SessionRequest) -> pb.SessionResponse:
         epoch.runner = None
         self._updates.unload()
         self._leave_handovers("the model is unloaded")
         freed = self._shard.unload()
-        self._copies.superseded()
         self._show_model()
         self._status.update(slots_used=0)
         return pb.SessionResponse(unloaded=pb.Unloaded(freed_bytes=freed))
@@ -389,7 +353,7 @@ class Worker:
         if runner is None:
             what = "no model is loaded" if self._shard.loaded is None else "the KV cache was not made: ClearKvCache"
             raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, what)
-        if plan.steps and (not self._updates.whole or self._copies.unfinished):
+        if plan.steps and not self._updates.whole:
             raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, "the weights are incomplete: an update did not finish")
         if epoch.failed_seq:
             raise RequestError(
@@ -406,11 +370,6 @@ class Worker:
             message = "the communicator was not built: Init comes first"
             raise RequestError(pb.ERROR_KIND_NCCL_NOT_INITIALISED, message)
         return epoch.communicator
-
-    def _show_weights(self) -> None:
-        loaded = self._shard.loaded
-        if loaded is not None:
-            self._status.update(weight_version=loaded.weight_version or 0, weights_digest=loaded.digest)
 
     def _show_model(self) -> None:
         loaded = self._shard.loaded
