@@ -17,7 +17,6 @@ PROGRAMS = (
     "serving_cpu",
     "recovery",
     "kv_transfer",
-    "chat_turns",
     "weight_updates",
 )
 

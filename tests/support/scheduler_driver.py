@@ -40,8 +40,6 @@ def small_config(
     prefix_cache: bool = True,
     share_blocks: bool = True,
     max_steps: int = 8,
-    state_snapshots: int = 0,
-    snapshot_interval_blocks: int = 1,
 ) -> SchedulerConfig:
     """A configuration for a test that minds some of it."""
     return SchedulerConfig(
@@ -54,8 +52,6 @@ def small_config(
         prefix_cache=prefix_cache,
         share_blocks=share_blocks,
         max_steps=max_steps,
-        state_snapshots=state_snapshots,
-        snapshot_interval_blocks=snapshot_interval_blocks,
     )
 
 
@@ -127,8 +123,6 @@ class Counts:
     release_plans: int = 0
     block_copies: int = 0
     cached_tokens: int = 0
-    state_saves: int = 0
-    state_restores: int = 0
     readmissions: int = 0
     """With outputs known: after a preemption or a rebuild, or of a resumed stream."""
     overrun_tokens: int = 0
@@ -401,8 +395,6 @@ class SchedulerDriver:
         counts.multi_step_plans += plan.steps > 1
         counts.release_plans += plan.steps == 0
         counts.block_copies += len(plan.block_copies)
-        counts.state_saves += len(plan.state_saves)
-        counts.state_restores += sum(admission.HasField("state_snapshot") for admission in plan.admissions)
         counts.readmissions += sum(len(admission.token_ids) > admission.prompt_length for admission in plan.admissions)
 
 
@@ -414,6 +406,4 @@ def _make_rank(config: SchedulerConfig) -> SimulatedRank:
         max_step_tokens=config.max_num_batched_tokens,
         max_len=config.max_model_len,
         vocabulary=VOCABULARY,
-        keeps_state=not config.share_blocks,
-        snapshots=config.state_snapshots,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +18,7 @@ from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.comm.single import SingleCommunicator
 from tpmodel_worker.models.batch import LayerKvCache, LayerState, StateShape
 from tpmodel_worker.rank.errors import RequestError
-from tpmodel_worker.rank.kv_cache import (
-    KvCache,
-    KvDemand,
-    KvShape,
-    StateMemory,
-    available_blocks,
-    available_snapshots,
-)
+from tpmodel_worker.rank.kv_cache import KvCache, KvDemand, KvShape, StateMemory, available_blocks
 from tpmodel_worker.rank.plan_check import PlanLimits
 from tpmodel_worker.rank.replies import StepOutcome
 from tpmodel_worker.rank.runner import StepRunner
@@ -34,7 +26,7 @@ from tpmodel_worker.rank.sampling import Sampler
 from tpmodel_worker.rank.slots import SlotLimits, SlotTable
 
 CPU = torch.device("cpu")
-BLOCK, SLOTS, BLOCKS, SNAPSHOTS = 8, 3, 60, 2
+BLOCK, SLOTS, BLOCKS = 8, 3, 60
 STATE = StateShape(channels=7, taps=3, value_heads=2, key_dim=4, value_dim=6)
 MEMORY = StateMemory(STATE, layers=2, slots=SLOTS, dtype=torch.bfloat16)
 SHAPE = KvShape(layers=1, kv_heads=1, head_dim=2, block_size=BLOCK, dtype=torch.bfloat16, states=MEMORY)
@@ -58,7 +50,7 @@ class HybridRank:
         communicator = SingleCommunicator(CPU)
         model = load_shard(checkpoint, communicator)
         assert model.state_shape is not None
-        states = StateMemory(model.state_shape, sum(model.keeps_state), SLOTS, torch.float32, SNAPSHOTS)
+        states = StateMemory(model.state_shape, sum(model.keeps_state), SLOTS, torch.float32)
         shape = KvShape(
             layers=model.keeps_state.count(False),
             kv_heads=model.kv_heads,
@@ -67,7 +59,7 @@ class HybridRank:
             dtype=torch.float32,
             states=states,
         )
-        limits = SlotLimits(max_slots=SLOTS, block_size=BLOCK, max_blocks=16, num_blocks=BLOCKS, snapshots=SNAPSHOTS)
+        limits = SlotLimits(max_slots=SLOTS, block_size=BLOCK, max_blocks=16, num_blocks=BLOCKS)
         self.runner = StepRunner(
             model=model,
             cache=KvCache(shape, BLOCKS, keeps_state=model.keeps_state, rank=0, device=CPU, arenas=arenas),
@@ -92,43 +84,19 @@ class HybridRank:
         plan = pb.GenerateStepRequest(**parts)  # pyright: ignore[reportArgumentType]
         self.runner.execute(self._seq, plan, submit=self._submit, check=lambda: None)
 
-    def generate(
-        self,
-        slot: int,
-        prompt: Sequence[int],
-        count: int,
-        *,
-        chunk: int = 64,
-        computed: int = 0,
-        restore: int | None = None,
-        save: int | None = None,
-        blocks: Sequence[int] = (),
-    ) -> list[int]:
-        """Fills a slot, computes the prompt in chunks and then token by token; the slot stays filled.
-
-        blocks: in place of the slot's own. restore: snapshot of the state behind the `computed` first tokens. save:
-        where to copy the state to behind the first chunk.
-        """
-        blocks = blocks or range(slot * 16, slot * 16 + 16)
+    def generate(self, slot: int, prompt: Sequence[int], count: int, *, chunk: int = 64) -> list[int]:
+        """Fills a slot, computes the prompt in chunks and then token by token; the slot stays filled."""
+        first = slot * 16
         sampling = pb.SlotSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=count + 1, logprobs=-1)
-        admission = pb.Admission(
-            slot=slot,
-            token_ids=prompt,
-            prompt_length=len(prompt),
-            sampling=sampling,
-            computed_length=computed,
-            state_snapshot=restore,
-        )
-        once: dict[str, object] = {
-            "admissions": [admission],
-            "block_table_deltas": [pb.BlockTableDelta(slot=slot, start=0, blocks=blocks)],
-            "state_saves": [] if save is None else [pb.StateSave(slot=slot, snapshot=save)],
+        start = {
+            "admissions": [pb.Admission(slot=slot, token_ids=prompt, prompt_length=len(prompt), sampling=sampling)],
+            "block_table_deltas": [pb.BlockTableDelta(slot=slot, start=0, blocks=range(first, first + 16))],
         }
         self.sampled[slot] = []
-        for begin in range(computed, len(prompt), chunk):
+        for begin in range(0, len(prompt), chunk):
             length = min(chunk, len(prompt) - begin)
-            self.execute(**once, prefill_chunks=[pb.PrefillChunk(slot=slot, length=length)], steps=1)
-            once = {}
+            self.execute(**start, prefill_chunks=[pb.PrefillChunk(slot=slot, length=length)], steps=1)
+            start = {}
         while len(self.sampled[slot]) < count:
             self.execute(decode_slots=[slot], steps=1)
         return self.sampled[slot]
@@ -176,35 +144,6 @@ def test_the_test_above_sees_a_slot_that_is_not_reset(checkpoint, arenas, monkey
     served = rank.generate(1, PROMPTS[1], 12)
     with pytest.raises(AssertionError, match="transformers chooses"):
         reference.check_greedy(PROMPTS[1], served, TieLedger(), what="leak")
-
-
-def shared_prefix() -> tuple[list[int], list[int]]:
-    """Two prompts with their first 40 tokens in common."""
-    common = (PROMPTS[0] + PROMPTS[1])[:40]
-    return common + PROMPTS[2][:21], common + PROMPTS[3][:19]
-
-
-def test_a_sequence_goes_on_from_a_snapshot_of_another_ones_state(checkpoint, arenas) -> None:
-    """In its blocks, in another slot, after the first one's slot was left and filled with something else."""
-    rank, reference, ledger = HybridRank(checkpoint, arenas), Reference(checkpoint), TieLedger()
-    first, second = shared_prefix()
-    served = rank.generate(0, first, 12, chunk=40, save=1)
-    reference.check_greedy(first, served, ledger, what="before")
-    rank.execute(releases=[0])
-    # Others use the first one's slot, but not its first five blocks.
-    rank.generate(0, PROMPTS[1], 3, blocks=range(5, 21), save=0)
-    served = rank.generate(1, second, 12, computed=40, restore=1, blocks=[*range(5), *range(30, 41)])
-    reference.check_greedy(second, served, ledger, what="behind the snapshot")
-
-
-def test_the_test_above_sees_a_snapshot_that_is_stale(checkpoint, arenas, monkeypatch) -> None:
-    monkeypatch.setattr(KvCache, "save_states", lambda *_arguments: None)
-    rank, reference = HybridRank(checkpoint, arenas), Reference(checkpoint)
-    first, second = shared_prefix()
-    rank.generate(0, first, 2, chunk=40, save=1)
-    served = rank.generate(1, second, 12, computed=40, restore=1, blocks=[*range(5), *range(30, 41)])
-    with pytest.raises(AssertionError, match="transformers chooses"):
-        reference.check_greedy(second, served, TieLedger(), what="stale")
 
 
 def test_a_slot_that_has_finished_disturbs_no_other(checkpoint, arenas) -> None:
@@ -263,22 +202,3 @@ def test_memory_without_room_for_the_states_is_refused_with_both_numbers() -> No
     with pytest.raises(RequestError) as refusal:
         available_blocks(SHAPE, demand(kv_cache_bytes=STATE_BYTES), CPU)
     assert f"({STATE_BYTES} of them for the recurrent state of max_num_seqs = 3 sequences)" in str(refusal.value)
-
-
-def test_snapshots_take_a_tenth_of_what_the_states_leave_unless_their_number_is_given() -> None:
-    snapshot = 2 * (3 * 7 * 2 + 2 * 4 * 6 * 4)
-    assert MEMORY.snapshot_bytes == snapshot
-    memory = STATE_BYTES + 30 * snapshot
-    assert available_snapshots(SHAPE, demand(kv_cache_bytes=memory), CPU) == 3
-    assert available_snapshots(SHAPE, demand(kv_cache_bytes=1000 * memory), CPU) == 4 * SLOTS
-    assert available_snapshots(SHAPE, demand(kv_cache_bytes=memory, state_snapshots=5), CPU) == 5
-    assert available_snapshots(dataclasses.replace(SHAPE, states=None), demand(kv_cache_bytes=memory), CPU) == 0
-
-
-def test_blocks_are_what_slots_and_snapshots_leave() -> None:
-    shape = SHAPE.with_snapshots(5)
-    states = 768 + 3072  # 8 rows: 672 and 3072 bytes
-    assert shape.state_bytes == states
-    assert available_blocks(shape, demand(kv_cache_bytes=states + 10 * shape.block_bytes), CPU) == 9
-    with pytest.raises(RequestError, match="of max_num_seqs = 3 sequences and 5 snapshots"):
-        available_blocks(shape, demand(kv_cache_bytes=states), CPU)

@@ -76,9 +76,7 @@ class BuiltWorld:
     pool: Pool
     num_blocks: int
     state_bytes: int
-    """Bytes of recurrent state on every rank; above 0 sequences cannot go on from blocks alone."""
-    state_snapshots: int
-    """Snapshots of it that every rank can hold."""
+    """Bytes of recurrent state on every rank; above 0 sequences cannot share blocks."""
     kv: GangCache
     """What other gangs are told of the cache."""
 
@@ -257,34 +255,25 @@ class WorldBuilder:
             num_blocks = min(num_blocks, before)
         self._check_capacity(num_blocks, loaded[0].kv_block_bytes)
         state_bytes = loaded[0].state_bytes
-        state_snapshots = min(shard.state_snapshots_available for shard in loaded)
         if state_bytes and not before:
-            self._report_state(state_bytes, state_snapshots, loaded[0].state_snapshot_bytes)
+            self._report_state(state_bytes)
         on_phase("clear")
         try:
-            await pool.clear_kv_cache(num_blocks, state_snapshots=state_snapshots)
+            await pool.clear_kv_cache(num_blocks)
         except PoolError as error:
             raise BuildError("load", error) from error
         self._status.set_rank_states("ready")
         self._status.set_world(block_size=self._settings.block_size, kv_blocks=num_blocks)
         kv = GangCache(loaded[0].kv_layout, [shard.device_id for shard in loaded])
-        return BuiltWorld(pool, num_blocks, state_bytes, state_snapshots, kv)
+        return BuiltWorld(pool, num_blocks, state_bytes, kv)
 
-    def _report_state(self, state_bytes: int, snapshots: int, snapshot_bytes: int) -> None:
+    def _report_state(self, state_bytes: int) -> None:
         settings = self._settings
-        if not settings.prefix_cache:
-            cache = ""
-        elif snapshots:
-            cache = f"; {snapshots} snapshots of it for the prefix cache take {snapshot_bytes} bytes each"
-        elif settings.state_snapshots == 0:
-            cache = "; the prefix cache is off: blocks do not hold that state, and state_snapshots is 0"
-        else:
-            cache = "; the prefix cache is off: there is no room for snapshots of that state beside the blocks"
         logger.info(
             "recurrent state of %d sequences takes %d bytes of each rank, beside the KV blocks%s",
             settings.max_num_seqs,
             state_bytes,
-            cache,
+            "; the prefix cache is off: blocks do not hold that state" if settings.prefix_cache else "",
         )
 
     def _load_request(self, checkpoint: Checkpoint) -> worker_pb2.LoadDenseShardRequest:
@@ -301,7 +290,6 @@ class WorldBuilder:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             block_size=settings.block_size,
             kv_cache_bytes=settings.kv_cache_bytes,
-            state_snapshots=settings.state_snapshots if settings.prefix_cache else 0,
             persist_folder=persist_folder(settings, checkpoint),
             expert_parallel=settings.expert_parallel,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,45 +24,28 @@ _HOST_FRACTION = 0.25
 _HOST_MOST_BYTES = 4 << 30
 _DEVICE_FRACTION = 0.9
 _SCRATCH_BLOCKS = 1
-_SNAPSHOT_FRACTION = 0.1
-"""Of the memory beside the slots' states."""
-_SNAPSHOTS_PER_SLOT = 4
-"""More would hold the state of prompts whose blocks have long gone."""
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
 class StateMemory:
-    """What the linear-attention layers keep of all slots and snapshots on one rank."""
+    """What the linear-attention layers keep of all slots on one rank."""
 
     shape: StateShape
     layers: int
     slots: int
     dtype: torch.dtype
     """Of the convolution's features; the recurrent state is float32."""
-    snapshots: int = 0
-    """Copies of a slot's state that are kept beside those of the slots."""
-
-    @property
-    def rows(self) -> int:
-        """Slots and snapshots: snapshot 0 comes after the last slot."""
-        return self.slots + self.snapshots
-
-    @property
-    def snapshot_bytes(self) -> int:
-        """Bytes of one more snapshot, but for rounding."""
-        convolution = math.prod(self.shape.convolution) * self.dtype.itemsize
-        return self.layers * (convolution + math.prod(self.shape.recurrent) * torch.float32.itemsize)
 
     @property
     def convolution_bytes(self) -> int:
         """Bytes of the features that convolutions look back at."""
-        return _aligned(self.layers * self.rows * math.prod(self.shape.convolution) * self.dtype.itemsize)
+        return _aligned(self.layers * self.slots * math.prod(self.shape.convolution) * self.dtype.itemsize)
 
     @property
     def recurrent_bytes(self) -> int:
         """Bytes of the recurrent state."""
-        return _aligned(self.layers * self.rows * math.prod(self.shape.recurrent) * torch.float32.itemsize)
+        return _aligned(self.layers * self.slots * math.prod(self.shape.recurrent) * torch.float32.itemsize)
 
     @property
     def bytes(self) -> int:
@@ -72,7 +55,7 @@ class StateMemory:
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What one token's K and V take on one rank, and what all states take beside them."""
+    """What one token's K and V take on one rank, and what all slots' states take beside them."""
 
     layers: int
     """Those that keep K and V."""
@@ -83,17 +66,8 @@ class KvShape:
     states: StateMemory | None = None
 
     @property
-    def snapshots(self) -> int:
-        """Snapshots of recurrent state."""
-        return self.states.snapshots if self.states is not None else 0
-
-    def with_snapshots(self, count: int) -> KvShape:
-        """The same with so many of them, where a state is kept."""
-        return self if self.states is None else replace(self, states=replace(self.states, snapshots=count))
-
-    @property
     def state_bytes(self) -> int:
-        """Bytes of the states of all slots and snapshots; 0 where no layer keeps one."""
+        """Bytes of the states of all slots; 0 where no layer keeps one."""
         return self.states.bytes if self.states is not None else 0
 
     @property
@@ -121,26 +95,10 @@ class KvDemand:
     ranks_on_host: int
     ranks_on_device: int = 1
     """Those that share a CUDA device."""
-    state_snapshots: int | None = None
-    """Snapshots of recurrent state, for models that keep one; None: by what is free."""
-
-
-def available_snapshots(shape: KvShape, demand: KvDemand, device: torch.device) -> int:
-    """Snapshots of recurrent state beside the slots' own: those asked for, else what a part of the memory holds.
-
-    shape: with the slots' states alone.
-    """
-    if shape.states is None:
-        return 0
-    if demand.state_snapshots is not None:
-        return demand.state_snapshots
-    room = (demand.kv_cache_bytes or _free_bytes(demand, device)) - shape.state_bytes
-    most = int(_SNAPSHOT_FRACTION * max(0, room)) // shape.states.snapshot_bytes
-    return min(most, _SNAPSHOTS_PER_SLOT * demand.max_num_seqs)
 
 
 def available_blocks(shape: KvShape, demand: KvDemand, device: torch.device) -> int:
-    """Blocks that the cache can have beside its scratch block and all states.
+    """Blocks that the cache can have beside its scratch block and the slots' states.
 
     Without kv_cache_bytes never more than max_num_seqs sequences of max_model_len tokens need.
 
@@ -166,11 +124,7 @@ def available_blocks(shape: KvShape, demand: KvDemand, device: torch.device) -> 
 def _states_in_words(shape: KvShape) -> str:
     if shape.states is None:
         return ""
-    snapshots = f" and {shape.states.snapshots} snapshots" if shape.states.snapshots else ""
-    return (
-        f" ({shape.state_bytes} of them for the recurrent state of max_num_seqs = {shape.states.slots} sequences"
-        f"{snapshots})"
-    )
+    return f" ({shape.state_bytes} of them for the recurrent state of max_num_seqs = {shape.states.slots} sequences)"
 
 
 def _aligned(size: int) -> int:
@@ -260,8 +214,8 @@ class KvCache:
         self.layers: tuple[LayerCache, ...] = tuple(next(kinds[kept]) for kept in keeps_state)
 
     def _state_views(self, states: StateMemory, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The convolution's and the recurrent part of the states, layers and slots first, snapshots behind slots."""
-        leading = (states.layers, states.rows)
+        """The convolution's and the recurrent part of the states, layers and slots first."""
+        leading = (states.layers, states.slots)
         recurrent_offset = offset + states.convolution_bytes
         return (
             self._arena.view(offset, (*leading, *states.shape.convolution), states.dtype),
@@ -301,25 +255,6 @@ class KvCache:
             (index,) = upload([np.array(slots, dtype=np.int64)], self._arena.device)
             for part in self._states:
                 part.index_fill_(1, index, 0)
-
-    def restore_states(self, snapshots: Sequence[int], slots: Sequence[int]) -> None:
-        """Copies snapshots into slots, one each."""
-        self._copy_states([self._snapshot_row(snapshot) for snapshot in snapshots], slots)
-
-    def save_states(self, slots: Sequence[int], snapshots: Sequence[int]) -> None:
-        """Copies the states of slots into snapshots, one each."""
-        self._copy_states(slots, [self._snapshot_row(snapshot) for snapshot in snapshots])
-
-    def _snapshot_row(self, snapshot: int) -> int:
-        states = self.shape.states
-        assert states is not None, "only what keeps a state has snapshots of it"
-        return states.slots + snapshot
-
-    def _copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        rows = [np.array(sources, dtype=np.int64), np.array(targets, dtype=np.int64)]
-        source_rows, target_rows = upload(rows, self._arena.device)
-        for part in self._states:
-            part.index_copy_(1, target_rows, part.index_select(1, source_rows))
 
     def close(self) -> int:
         """Gives the memory back, here and at the supervisor; returns how many bytes. The views must be gone by then."""

@@ -296,8 +296,7 @@ class Worker:
         communicator = self._communicator(epoch)
         self._leave_handovers("the KV cache is emptied")
         epoch.runner = None
-        clear = request.clear_kv_cache
-        epoch.runner = self._shard.clear(clear.num_blocks, communicator, state_snapshots=clear.state_snapshots)
+        epoch.runner = self._shard.clear(request.clear_kv_cache.num_blocks, communicator)
         epoch.failed_seq = 0
         self._show_model()
         self._status.update(state="serving", slots_used=0)
