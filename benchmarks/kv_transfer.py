@@ -1,6 +1,6 @@
 """A request's KV cache from one rank's blocks into another's, against a bare send and receive of the same bytes.
 
-    python -m benchmarks.kv_transfer [--device cpu|cuda] [--tokens 1024,4096]
+    python -m benchmarks.kv_transfer [--device cpu|cuda] [--tokens 1024,4096] [--piece-bytes N]
 
 Two processes. With two GPUs the bytes go over NCCL; with one, both processes share it and the bytes go through host
 memory over Gloo, as between ranks of one GPU; without, over Gloo on the CPU. Prints for each length the median of
@@ -26,8 +26,8 @@ from torch._C._distributed_c10d import TCPStore
 from tpmodel.local import free_ports
 from tpmodel_worker.kv.layout import KvLayout
 from tpmodel_worker.kv.pipe import KvPipe, KvPipeConfig
-from tpmodel_worker.kv.plan import PIECE_BYTES, plan_transfer
-from tpmodel_worker.kv.transfer import RequestCache, receive_cache, send_cache
+from tpmodel_worker.kv.plan import GLOO_PIECE_BYTES, NCCL_PIECE_BYTES, plan_transfer
+from tpmodel_worker.kv.transfer import Lane, RequestCache, receive_cache, send_cache
 from tpmodel_worker.models.batch import LayerKvCache
 
 SENDER, RECEIVER = 0, 1
@@ -46,15 +46,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", help="lengths of requests, separated by commas")
+    parser.add_argument("--piece-bytes", type=int, help="most that is sent at a time; left out: as gangs do")
     parser.add_argument("--member", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ports", help=argparse.SUPPRESS)
     options = parser.parse_args()
     tokens = options.tokens or TOKENS[options.device]
     if options.member is not None:
-        run_member(options.member, options.device, [int(part) for part in tokens.split(",")], options.ports)
+        lengths = [int(part) for part in tokens.split(",")]
+        run_member(options.member, options.device, lengths, options.ports, options.piece_bytes)
         return
     ports = ",".join(str(port) for port in free_ports(2))
     command = [sys.executable, "-m", "benchmarks.kv_transfer", "--device", options.device, "--tokens", tokens]
+    if options.piece_bytes:
+        command += ["--piece-bytes", str(options.piece_bytes)]
     members = [
         subprocess.Popen([*command, "--ports", ports, "--member", str(member)], stdout=subprocess.PIPE, text=True)
         for member in (SENDER, RECEIVER)
@@ -67,7 +71,10 @@ def main() -> None:
 
 def print_table(result: dict[str, object]) -> None:
     """One line for each length."""
-    print(f"{result['layers']} layers, {KV_HEADS} KV heads of {HEAD_DIM}, bfloat16; {result['transport']}")
+    print(
+        f"{result['layers']} layers, {KV_HEADS} KV heads of {HEAD_DIM}, bfloat16; {result['transport']}; pieces of"
+        f" {result['piece_bytes']} bytes"
+    )
     print(f"opening the pipe: {result['connect_seconds']:.3f} s")
     print(f"{'tokens':>8} {'MB':>8} {'handover GB/s':>14} {'bare GB/s':>10} {'of bare':>8}")
     rows = result["rows"]
@@ -78,7 +85,7 @@ def print_table(result: dict[str, object]) -> None:
         print(f"{row['tokens']:>8} {size:>8.1f} {handover:>14.2f} {bare:>10.2f} {handover / bare:>8.0%}")
 
 
-def run_member(member: int, device_type: str, lengths: list[int], ports: str) -> None:
+def run_member(member: int, device_type: str, lengths: list[int], ports: str, piece_bytes: int | None) -> None:
     """One end; the receiver prints what it has measured, as JSON."""
     pipe_port, group_port = (int(port) for port in ports.split(","))
     nccl = device_type == "cuda" and torch.cuda.device_count() > 1
@@ -92,6 +99,7 @@ def run_member(member: int, device_type: str, lengths: list[int], ports: str) ->
     dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=member, world_size=2)
     # Barriers over TCP, which launch nothing on a device.
     barriers: Any = dist.new_group(backend="gloo")
+    piece_bytes = piece_bytes or (NCCL_PIECE_BYTES if nccl else GLOO_PIECE_BYTES)
     started = time.perf_counter()
     config = KvPipeConfig(
         rank=member,
@@ -101,16 +109,17 @@ def run_member(member: int, device_type: str, lengths: list[int], ports: str) ->
         token="benchmark",
         device="cuda" if nccl else "cpu",
         local_rank=device.index or 0,
-        send_limit_bytes=PIECE_BYTES,
-        receive_limit_bytes=0,
+        send_limit_bytes=2 * piece_bytes,
+        receive_limit_bytes=2 * piece_bytes,
     )
     result: dict[str, object] = {
         "layers": LAYERS[device_type],
+        "piece_bytes": piece_bytes,
         "transport": "NCCL between two GPUs" if nccl else f"Gloo, tensors on {device.type}",
     }
     with KvPipe(config) as pipe, torch.inference_mode():
         result["connect_seconds"] = time.perf_counter() - started
-        measuring = Member(member, device, pipe, barriers, staged=device.type == "cuda" and not nccl)
+        measuring = Member(member, device, Lane(pipe, piece_bytes), barriers, staged=device.type == "cuda" and not nccl)
         result["rows"] = [measuring.measure(tokens) for tokens in lengths]
         dist.barrier(group=barriers)
     if member == RECEIVER:
@@ -121,11 +130,11 @@ def run_member(member: int, device_type: str, lengths: list[int], ports: str) ->
 class Member:
     """One end's caches and rounds."""
 
-    def __init__(self, member: int, device: torch.device, pipe: KvPipe, barriers: Any, *, staged: bool) -> None:
+    def __init__(self, member: int, device: torch.device, lane: Lane[KvPipe], barriers: Any, *, staged: bool) -> None:
         """staged: bare tensors go through host memory, too."""
         self._member = member
         self._device = device
-        self._pipe = pipe
+        self._lane = lane
         self._barriers = barriers
         self._staged = staged
         layers = LAYERS[device.type]
@@ -157,9 +166,9 @@ class Member:
         def hand_over() -> None:
             nonlocal moved
             if self._member == SENDER:
-                moved = send_cache(plan, 0, cache, {0: self._pipe})
+                moved = send_cache(plan, 0, cache, {0: self._lane})
             else:
-                moved = receive_cache(plan, 0, cache, {0: self._pipe})
+                moved = receive_cache(plan, 0, cache, {0: self._lane})
 
         flat = [torch.zeros((2, tokens, KV_HEADS, HEAD_DIM), dtype=torch.bfloat16, device=self._device) for _ in kv]
         handover = self._time(hand_over)

@@ -80,6 +80,17 @@ def test_the_source_may_be_overwritten_once_send_has_returned(processes: RankPro
     assert run(processes, "overwrite_source", **pipe) == [True, True]
 
 
+def test_memory_of_the_pipe_is_used_again_for_several_items_under_way(
+    processes: RankProcesses, pipe: dict[str, Any]
+) -> None:
+    """K51, K56: no more of it than the limits let through, and each item arrives as it was written."""
+    sent, (received, right) = run(processes, "lent_memory", **pipe)
+    assert right
+    # Three under way, one more that the sender writes or the receiver reads.
+    assert 1 < sent <= 5
+    assert 1 <= received <= 5
+
+
 class TestClose:
     def test_close_sends_what_is_queued_and_leaves_nothing_open(
         self, processes: RankProcesses, pipe: dict[str, Any]

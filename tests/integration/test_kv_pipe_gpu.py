@@ -38,3 +38,12 @@ def test_work_launched_after_send_does_not_change_what_arrives(processes: RankPr
     """K56."""
     started = processes.start("overwrite_source", BOTH, **pipe)
     assert processes.values(started, BOTH) == [True, True]
+
+
+def test_memory_of_the_pipe_is_used_again_behind_the_work_on_it(processes: RankProcesses, pipe: dict[str, Any]) -> None:
+    """K51, K56: ordered by events alone."""
+    started = processes.start("lent_memory", BOTH, **pipe)
+    sent, (received, right) = processes.values(started, BOTH)
+    assert right
+    assert 1 < sent <= 5
+    assert 1 <= received <= 5

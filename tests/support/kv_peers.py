@@ -129,7 +129,7 @@ class Serving:
     def send_layer(self) -> None:
         """One layer's part to every receiver."""
         for part, pipe in zip(self._plan.parts, self.pipes, strict=True):
-            pipe.send(torch.zeros(2, self.tokens, len(part.heads), self._plan.source.head_dim))
+            pipe.send(torch.zeros(1, 2, self.tokens, len(part.heads), self._plan.source.head_dim))
 
     def die(self) -> None:
         """As when all sending processes are killed: the kernel ends their connections."""
@@ -157,7 +157,9 @@ class Keeper(kv_pb2_grpc.KvServiceServicer):
         plan = plan_transfer(source, target)
         stores = [start_store(HOST) for _ in plan.parts]
         endpoints = [
-            kv_pb2.KvEndpoint(sender=part.sender, receiver=part.receiver, address=HOST, port=store.port)
+            kv_pb2.KvEndpoint(
+                sender=part.sender, receiver=part.receiver, address=HOST, port=store.port, piece_bytes=1 << 20
+            )
             for part, store in zip(plan.parts, stores, strict=True)
         ]
         yield kv_pb2.FetchKvResponse(offer=kv_pb2.KvOffer(layout=source.to_message(), endpoints=endpoints))

@@ -173,6 +173,27 @@ def overwrite_source(rank: int, device: str = "cpu", **arguments: Any) -> bool:
         return all(tensor is not None and bool((tensor == number).all()) for number, tensor in enumerate(received))
 
 
+def lent_memory(rank: int, device: str = "cpu", **arguments: Any) -> Any:
+    """Member 0 writes each item into memory of the pipe, member 1 reads it there; both are used again."""
+    limits = {"send_limit_bytes": 2 * MEBIBYTE, "receive_limit_bytes": 2 * MEBIBYTE}
+    places: set[int] = set()
+    with open_pipe(rank, device=device, **limits, **arguments) as pipe:
+        if rank == 0:
+            for number in range(40):
+                with pipe.sending((1, MEBIBYTE), torch.uint8) as tensor:
+                    places.add(tensor.data_ptr())
+                    tensor.fill_(number)
+            return len(places)
+        seen = []
+        for number in range(40):
+            with pipe.receiving() as received:
+                assert received is not None
+                places.add(received.data_ptr())
+                # Kept as a sum that is made on the current stream: the memory itself is not, after the block.
+                seen.append((received == number).all())
+        return len(places), all(bool(same) for same in seen)
+
+
 def close_drains(rank: int, **arguments: Any) -> Any:
     """Member 0 closes with much in its queue; member 1 still gets everything, then the end."""
     pipe = open_pipe(rank, **arguments)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import zlib
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpmodel_worker.kv import plan as planning
 from tpmodel_worker.kv.errors import KvMismatchError, KvPipeError
 from tpmodel_worker.kv.layout import KvLayout, StateLayout
-from tpmodel_worker.kv.plan import TransferPlan, plan_transfer
-from tpmodel_worker.kv.transfer import RequestCache, receive_cache, send_cache
+from tpmodel_worker.kv.plan import Part, TransferPlan, plan_transfer
+from tpmodel_worker.kv.transfer import Lane, RequestCache, receive_cache, send_cache
 from tpmodel_worker.models.batch import LayerKvCache, LayerState
 from tpmodel_worker.models.sharding import HeadShard
 
@@ -120,8 +121,22 @@ class Pipe:
         self.items.append(tensor.clone())
         self.bytes += tensor.nbytes
 
+    @contextlib.contextmanager
+    def sending(self, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        tensor = torch.full(shape, -2, dtype=dtype)
+        yield tensor
+        self.send(tensor)
+        tensor.fill_(-2)
+
     def receive(self) -> torch.Tensor | None:
         return self.items.popleft() if self.items else None
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[torch.Tensor | None]:
+        tensor = self.receive()
+        yield tensor
+        if tensor is not None:
+            tensor.fill_(-2)
 
 
 class Gang:
@@ -211,16 +226,16 @@ class Gang:
         return True
 
 
-def move(plan: TransferPlan, sending: Gang, receiving: Gang) -> tuple[int, int]:
+def move(plan: TransferPlan, sending: Gang, receiving: Gang, piece_bytes: int = 1 << 20) -> tuple[int, int]:
     """All ranks' parts, over pipes that never block; bytes sent and received."""
     pipes = {(part.sender, part.receiver): Pipe() for part in plan.parts}
     sent = received = 0
     for rank, cache in enumerate(sending.caches):
-        ends = {part.receiver: pipes[rank, part.receiver] for part in plan.of_sender(rank)}
-        sent += send_cache(plan, rank, cache, ends)
+        senders = {part.receiver: Lane(pipes[rank, part.receiver], piece_bytes) for part in plan.of_sender(rank)}
+        sent += send_cache(plan, rank, cache, senders)
     for rank, cache in enumerate(receiving.caches):
-        ends = {part.sender: pipes[part.sender, rank] for part in plan.of_receiver(rank)}
-        received += receive_cache(plan, rank, cache, ends)
+        receivers = {part.sender: Lane(pipes[part.sender, rank], piece_bytes) for part in plan.of_receiver(rank)}
+        received += receive_cache(plan, rank, cache, receivers)
     assert not any(pipe.items for pipe in pipes.values())
     return sent, received
 
@@ -230,7 +245,9 @@ def move(plan: TransferPlan, sending: Gang, receiving: Gang) -> tuple[int, int]:
     ranks=st.tuples(st.sampled_from(RANKS[:3]), st.sampled_from(RANKS[:3])),
     block_sizes=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     kv_heads=st.sampled_from([1, 2, 4]),
+    layers=st.integers(1, 9),
     tokens=st.integers(1, 20),
+    piece_bytes=st.integers(1, 4000),
     state=st.sampled_from([None, STATE]),
     seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)),
 )
@@ -238,42 +255,76 @@ def test_every_layer_head_and_token_arrives_in_the_receivers_own_blocks(
     ranks: tuple[int, int],
     block_sizes: tuple[int, int],
     kv_heads: int,
+    layers: int,
     tokens: int,
+    piece_bytes: int,
     state: StateLayout | None,
     seeds: tuple[int, int],
 ) -> None:
-    """Between any two sizes of gangs and blocks; states too. What is not the request's stays as it was."""
+    """Between any sizes of gangs, blocks and pieces; states too. What is not the request's stays as it was."""
     shapes = [
-        layout(count, kv_heads=kv_heads, block_size=size, state=state)
+        layout(count, kv_heads=kv_heads, block_size=size, layers=layers, state=state)
         for count, size in zip(ranks, block_sizes, strict=True)
     ]
     plan = plan_transfer(shapes[0], shapes[1])
     sending = Gang(shapes[0], tokens, seeds[0], filled=True)
     receiving = Gang(shapes[1], tokens, seeds[1], filled=False)
-    sent, received = move(plan, sending, receiving)
+    sent, received = move(plan, sending, receiving, piece_bytes)
     assert sent == received
     assert receiving.content() == sending.content()
     assert receiving.untouched()
 
 
-def test_a_long_request_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than one piece of a layer is gathered at a time."""
-    row = 2 * 2 * 2 * 4
-    monkeypatch.setattr(planning, "PIECE_BYTES", 3 * row)
-    plan = plan_transfer(layout(2), layout(2))
-    assert [piece.count for piece in plan.pieces(8)] == [3, 3, 2] * 3
-    assert [piece.first for piece in plan.pieces(8)] == [0, 3, 6] * 3
-    sending, receiving = Gang(plan.source, 8, 1, filled=True), Gang(plan.target, 8, 2, filled=False)
-    move(plan, sending, receiving)
-    assert receiving.content() == sending.content()
+ROW = 2 * 4 * 2 * 4
+"""Bytes of one token in a layer of `layout`, where one rank holds all heads."""
 
 
-@pytest.mark.parametrize("wrong", [None, torch.zeros(2, 5, 4, 3), torch.zeros(2, 5, 4, 2, dtype=torch.float64)])
+def cut(layers: int, tokens: int, most_rows: int) -> list[tuple[range, int, int]]:
+    """The pieces of a request between two gangs of one rank."""
+    plan = plan_transfer(layout(layers=layers), layout(layers=layers))
+    pieces = plan.pieces(plan.parts[0], tokens, most_rows * ROW)
+    return [(piece.layers, piece.first, piece.count) for piece in pieces]
+
+
+def test_a_long_request_goes_in_pieces_of_one_layer_and_of_about_one_size() -> None:
+    spans = [(0, 3), (3, 3), (6, 2)]
+    assert cut(2, 8, 3) == [(range(layer, layer + 1), *span) for layer in (0, 1) for span in spans]
+
+
+def test_a_short_request_goes_in_four_pieces_of_several_layers() -> None:
+    """One would leave nothing to gather while it is on its way, one for each layer would be more than it takes."""
+    assert cut(12, 8, 1000) == [(range(first, first + 3), 0, 8) for first in (0, 3, 6, 9)]
+    assert cut(10, 8, 1000)[-1] == (range(8, 10), 0, 8)
+
+
+def test_no_piece_is_larger_than_the_limit() -> None:
+    assert cut(12, 8, 16) == [(range(first, first + 2), 0, 8) for first in range(0, 12, 2)]
+
+
+def test_the_pieces_of_several_parts_take_turns_in_one_order_on_both_sides() -> None:
+    """By number, sender and receiver, even where one has fewer pieces: so no ranks wait for each other in a ring."""
+    plan = plan_transfer(layout(2, kv_heads=4), layout(4, kv_heads=4))
+    most = {(part.sender, part.receiver): ROW for part in plan.parts} | {(0, 1): 1 << 20}
+
+    def order(parts: list[Part]) -> list[tuple[int, int, int]]:
+        counts = dict.fromkeys(most, 0)
+        turns = []
+        for part, _ in plan.turns(parts, 6, most):
+            counts[part.sender, part.receiver] += 1
+            turns.append((counts[part.sender, part.receiver], part.sender, part.receiver))
+        return turns
+
+    for rank in range(2):
+        assert order(plan.of_sender(rank)) == sorted(order(plan.of_sender(rank)))
+    assert [turn[2] for turn in order(plan.of_sender(0))] == [0, 1] * 3 + [0] * 3
+
+
+@pytest.mark.parametrize("wrong", [None, torch.zeros(1, 2, 5, 4, 3), torch.zeros(1, 2, 5, 4, 2, dtype=torch.float64)])
 def test_what_is_not_what_the_plan_says_is_refused(wrong: torch.Tensor | None) -> None:
     plan = plan_transfer(layout(), layout())
     pipe = Pipe()
     if wrong is not None:
         pipe.items.append(wrong)
     receiving = Gang(plan.target, 5, 2, filled=False)
-    with pytest.raises(KvPipeError, match=r"expected torch\.float32 of shape \(2, 5, 4, 2\)"):
-        receive_cache(plan, 0, receiving.caches[0], {0: pipe})
+    with pytest.raises(KvPipeError, match=r"expected torch\.float32 of shape \(1, 2, 5, 4, 2\)"):
+        receive_cache(plan, 0, receiving.caches[0], {0: Lane(pipe, 1 << 20)})

@@ -31,13 +31,13 @@ class KvPipeConfig:
     send_limit_bytes: int = 1 << 30
     """send waits while more than this is queued."""
     receive_limit_bytes: int = 1 << 30
-    """The next item is not asked for while more than this has come and was not taken."""
+    """The next item is not asked for while more than this is on its way or has come and was not taken."""
     max_tensor_bytes: int = 8 << 30
     """A larger tensor is refused, by its sender and by its receiver."""
     store_timeout_seconds: float = 300.0
     """How long making the pipe may take, until every member is connected."""
     deadline_seconds: float = 300.0
-    """How long one item's transfer, one wait in send, and close may take."""
+    """How long the peer may say nothing while it should, one wait in send may take, and close."""
 
     def __post_init__(self) -> None:
         if self.world_size < 2:

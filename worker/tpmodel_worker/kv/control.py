@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hmac
 import secrets
+import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -20,11 +22,14 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_
 
 
 class ControlConnection:
-    """One TCP connection. read by one thread, written by one thread, shut down by any."""
+    """One TCP connection. read by one thread, written and shut down by any."""
 
     def __init__(self, connection: socket.socket) -> None:
         """Takes the socket over."""
         self._socket = connection
+        self._writing = threading.Lock()
+        # A timeout would belong to the socket, not to the call: a read and a write at a time would share it.
+        connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A peer whose host is gone is noticed while nothing is said.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -39,32 +44,49 @@ class ControlConnection:
             KvPipeClosedError: the connection has ended.
         """
         data = bytearray()
-        deadline = time.monotonic() + seconds
+        deadline = None if idle else time.monotonic() + seconds
         while len(data) < size:
-            waits_for_ever = idle and not data
             try:
-                self._socket.settimeout(None if waits_for_ever else max(deadline - time.monotonic(), 0.001))
                 part = self._socket.recv(size - len(data))
-            except TimeoutError as error:
-                raise KvPipeTimeoutError(f"the peer said nothing for {seconds:g} s") from error
+            except BlockingIOError:
+                if not self._wait_for(select.POLLIN, deadline):
+                    raise KvPipeTimeoutError(f"the peer said nothing for {seconds:g} s") from None
+                continue
             except OSError as error:
                 raise KvPipeClosedError(f"the connection has ended: {error}") from error
             if not part:
                 raise KvPipeClosedError("the peer closed the connection")
-            if waits_for_ever:
+            if deadline is None:
                 deadline = time.monotonic() + seconds
             data += part
         return bytes(data)
 
     def write(self, data: bytes, seconds: float) -> None:
-        """Sends everything. Raises as read."""
+        """Sends everything, whole also beside other threads' writes. Raises as read."""
+        deadline = time.monotonic() + seconds
+        late = f"the peer took nothing for {seconds:g} s"
+        if not self._writing.acquire(timeout=seconds):
+            raise KvPipeTimeoutError(late)
         try:
-            self._socket.settimeout(seconds)
-            self._socket.sendall(data)
-        except TimeoutError as error:
-            raise KvPipeTimeoutError(f"the peer took nothing for {seconds:g} s") from error
+            rest = memoryview(data)
+            while rest:
+                try:
+                    rest = rest[self._socket.send(rest) :]
+                except BlockingIOError:
+                    if not self._wait_for(select.POLLOUT, deadline):
+                        raise KvPipeTimeoutError(late) from None
         except OSError as error:
             raise KvPipeClosedError(f"the connection has ended: {error}") from error
+        finally:
+            self._writing.release()
+
+    def _wait_for(self, event: int, deadline: float | None) -> bool:
+        """Whether it, or the end of the connection, came before the deadline (None: there is none)."""
+        poll = select.poll()
+        poll.register(self._socket, event)
+        # At least a millisecond, poll's unit: a shorter rest would make it spin.
+        timeout = None if deadline is None else max((deadline - time.monotonic()) * 1000, 1)
+        return bool(poll.poll(timeout)) or (deadline is not None and time.monotonic() < deadline)
 
     def shut_down(self) -> None:
         """Ends the connection, and every read and write on it. From any thread; idempotent."""

@@ -19,11 +19,16 @@ from tpmodel_worker.comm.rendezvous import start_store
 from tpmodel_worker.kv.config import KvPipeConfig
 from tpmodel_worker.kv.errors import KvPipeError
 from tpmodel_worker.kv.pipe import KvPipe
-from tpmodel_worker.kv.plan import PIECE_BYTES, Part, TransferPlan
-from tpmodel_worker.kv.transfer import RequestCache, receive_cache, send_cache
+from tpmodel_worker.kv.plan import GLOO_PIECE_BYTES, MOST_PIECE_BYTES, NCCL_PIECE_BYTES, Part, TransferPlan
+from tpmodel_worker.kv.staging import now_on
+from tpmodel_worker.kv.transfer import Lane, ReceivingEnd, RequestCache, SendingEnd, receive_cache, send_cache
 
 _JOIN_SECONDS = 10.0
 _SENDER, _RECEIVER = 0, 1
+_PIECES_UNDER_WAY = 3
+"""One is gathered while another is sent and a third waits behind it; the same where they are put in their place."""
+_STATE_BYTES = 64 << 20
+"""Most of one layer's state, which is sent whole."""
 
 _logger = logging.getLogger(__name__)
 
@@ -153,25 +158,17 @@ class Handovers:
         handover = Handover(request.transfer)
         parts = plan.of_sender(self._rank)
         stores = {part.receiver: start_store(self._address) for part in parts}
-        endpoints = [
-            kv_pb2.KvEndpoint(
-                sender=part.sender,
-                receiver=part.receiver,
-                address=self._address,
-                port=stores[part.receiver].port,
-                nccl=_moves_by_nccl(self._device_id, request.send.device_ids, part.receiver),
-            )
-            for part in parts
-        ]
-        after = self._now()
+        endpoints = [self._endpoint(part, stores[part.receiver].port, request.send.device_ids) for part in parts]
+        after = now_on(self._device)
 
         def job() -> int:
-            pipes: dict[int, KvPipe] = {}
+            lanes: dict[int, Lane[SendingEnd]] = {}
             for endpoint in endpoints:
                 config = self._config(endpoint, _SENDER, request.deadline_seconds)
-                pipes[endpoint.receiver] = handover.open(config, stores.pop(endpoint.receiver))
+                pipe = handover.open(config, stores.pop(endpoint.receiver))
+                lanes[endpoint.receiver] = Lane(pipe, endpoint.piece_bytes)
             with self._stream(after):
-                return send_cache(plan, self._rank, cache, pipes)
+                return send_cache(plan, self._rank, cache, lanes)
 
         self._begin(handover, job)
         return endpoints
@@ -180,15 +177,15 @@ class Handovers:
         """Begins to receive into a request's blocks."""
         handover = Handover(request.transfer)
         endpoints = _endpoints_for(plan.of_receiver(self._rank), request.receive.endpoints)
-        after = self._now()
+        after = now_on(self._device)
 
         def job() -> int:
-            pipes: dict[int, KvPipe] = {}
+            lanes: dict[int, Lane[ReceivingEnd]] = {}
             for endpoint in endpoints:
                 config = self._config(endpoint, _RECEIVER, request.deadline_seconds)
-                pipes[endpoint.sender] = handover.open(config, None)
+                lanes[endpoint.sender] = Lane(handover.open(config, None), endpoint.piece_bytes)
             with self._stream(after):
-                return receive_cache(plan, self._rank, cache, pipes)
+                return receive_cache(plan, self._rank, cache, lanes)
 
         self._begin(handover, job)
 
@@ -196,6 +193,17 @@ class Handovers:
         with self._lock:
             self._known[handover.name] = handover
         handover.start(job)
+
+    def _endpoint(self, part: Part, port: int, device_ids: Sequence[str]) -> kv_pb2.KvEndpoint:
+        nccl = _moves_by_nccl(self._device_id, device_ids, part.receiver)
+        return kv_pb2.KvEndpoint(
+            sender=part.sender,
+            receiver=part.receiver,
+            address=self._address,
+            port=port,
+            nccl=nccl,
+            piece_bytes=NCCL_PIECE_BYTES if nccl else GLOO_PIECE_BYTES,
+        )
 
     def _config(self, endpoint: kv_pb2.KvEndpoint, member: int, seconds: float) -> KvPipeConfig:
         return KvPipeConfig(
@@ -206,21 +214,13 @@ class Handovers:
             token=self._token,
             device="cuda" if endpoint.nccl else "cpu",
             local_rank=self._device.index or 0,
-            # A piece is gathered while the one before is on its way, and put in its place while the next one comes.
-            send_limit_bytes=PIECE_BYTES,
-            receive_limit_bytes=0,
-            max_tensor_bytes=2 * PIECE_BYTES,
+            # At the limit one more passes.
+            send_limit_bytes=(_PIECES_UNDER_WAY - 1) * endpoint.piece_bytes,
+            receive_limit_bytes=(_PIECES_UNDER_WAY - 1) * endpoint.piece_bytes,
+            max_tensor_bytes=max(endpoint.piece_bytes, _STATE_BYTES),
             store_timeout_seconds=seconds,
             deadline_seconds=seconds,
         )
-
-    def _now(self) -> torch.cuda.Event | None:
-        """What the computing thread has launched so far."""
-        if self._device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
     @contextlib.contextmanager
     def _stream(self, after: torch.cuda.Event | None) -> Iterator[None]:
@@ -246,10 +246,17 @@ def _endpoints_for(parts: Sequence[Part], endpoints: Sequence[kv_pb2.KvEndpoint]
     """Those of the parts, in the order in which the pipes are opened on both sides: by sender, then by receiver.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: one is missing, or its pieces are of no sensible size.
     """
     known = {(endpoint.sender, endpoint.receiver): endpoint for endpoint in endpoints}
     missing = [part for part in parts if (part.sender, part.receiver) not in known]
     if missing:
         raise ValueError(f"rank {missing[0].sender} of the other gang does not say where it waits")
-    return [known[part.sender, part.receiver] for part in parts]
+    wanted = [known[part.sender, part.receiver] for part in parts]
+    for endpoint in wanted:
+        if not 0 < endpoint.piece_bytes <= MOST_PIECE_BYTES:
+            raise ValueError(
+                f"rank {endpoint.sender} of the other gang sends pieces of {endpoint.piece_bytes} bytes: expected 1 to"
+                f" {MOST_PIECE_BYTES}"
+            )
+    return wanted

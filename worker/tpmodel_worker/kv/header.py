@@ -4,7 +4,8 @@ A header announces one item: a tensor's dtype and shape, "no tensor", or the end
 
     magic "TPKV", version u8, kind u8, dtype u8, dimensions u8, sequence u64, payload bytes u64, 8 sizes u64
 
-A reply answers it: go on, done, or refused with a reason. 256 bytes:
+Headers may be written before those ahead of them are answered. A tensor with bytes is answered twice, anything else
+once: go on, in the order of the headers; then done, in that order too. Or refused, with a reason. 256 bytes:
 
     magic "TPKR", version u8, kind u8, length of the text u16, sequence u64, text in UTF-8, zeros
 """
@@ -23,7 +24,7 @@ import torch
 from tpmodel_worker.kv.errors import KvHeaderError
 
 MAX_DIMENSIONS = 8
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct(f"<4sBBBBQQ{MAX_DIMENSIONS}Q")
 _REPLY = struct.Struct("<4sBBHQ240s")
 HEADER_BYTES = _HEADER.size
@@ -164,8 +165,8 @@ def encode_reply(reply: Reply) -> bytes:
     return _REPLY.pack(_REPLY_MAGIC, _VERSION, reply.kind, len(text), reply.sequence, text)
 
 
-def decode_reply(data: bytes, *, sequence: int) -> Reply:
-    """Reads what encode_reply wrote. Raises KvHeaderError when it is no answer to the header of that sequence."""
+def decode_reply(data: bytes) -> Reply:
+    """Reads what encode_reply wrote. Raises KvHeaderError when it is no reply."""
     if len(data) != REPLY_BYTES:
         raise KvHeaderError(f"a reply has {REPLY_BYTES} bytes, got {len(data)}")
     magic, version, kind, length, number, text = _REPLY.unpack(data)
@@ -173,6 +174,4 @@ def decode_reply(data: bytes, *, sequence: int) -> Reply:
         raise KvHeaderError(f"not a reply of version {_VERSION}: it begins with {data[:5].hex()}")
     if kind not in _REPLY_KINDS or length > _MAX_TEXT:
         raise KvHeaderError(f"unknown kind of reply {kind} with a text of {length} bytes")
-    if number != sequence:
-        raise KvHeaderError(f"a reply to item {number} came in the place of one to item {sequence}")
     return Reply(ReplyKind(kind), number, text[:length].decode(errors="replace"))

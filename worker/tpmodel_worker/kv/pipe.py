@@ -5,6 +5,7 @@ Nothing is pickled, no default process group is made. See docs/kv.md for what go
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from types import TracebackType
 from typing import Self
@@ -90,6 +91,20 @@ class KvPipe:
         """
         self._sender.send(tensor, self._seconds(timeout_seconds))
 
+    def sending(
+        self, shape: tuple[int, ...], dtype: torch.dtype, timeout_seconds: float | None = None
+    ) -> contextlib.AbstractContextManager[torch.Tensor]:
+        """Memory of the pipe for a block to write into, which is queued at the block's end: nothing is copied.
+
+        On CUDA the block writes on the stream that is current there. The memory is used again, so that nothing may
+        touch it after the block. A block that raises queues nothing. Nothing else may be sent within a block.
+
+        Args:
+            shape, dtype: of the tensor, which is contiguous, on this end's device, and holds anything at first.
+            timeout_seconds: as for send. Raises as send, and RuntimeError where there is no memory.
+        """
+        return self._sender.sending(shape, dtype, self._seconds(timeout_seconds))
+
     def receive(self, timeout_seconds: float | None = None) -> torch.Tensor | None:
         """What the peer sent next: a tensor on this end's device, or None where it sent None.
 
@@ -103,6 +118,18 @@ class KvPipe:
             KvPipeError: the transfer failed. This and the two before it are raised again by every later call.
         """
         return self._receiver.receive(self._seconds(timeout_seconds))
+
+    def receiving(self, timeout_seconds: float | None = None) -> contextlib.AbstractContextManager[torch.Tensor | None]:
+        """As receive, for a block in whose memory later items come: nothing may touch the tensor after the block.
+
+        On CUDA the block reads on the stream that is current there. Raises as receive.
+        """
+        return self._receiver.receiving(self._seconds(timeout_seconds))
+
+    def release_memory(self) -> None:
+        """Gives back what sending and receiving keep for their next use. From any thread."""
+        self._sender.release_memory()
+        self._receiver.release_memory()
 
     def close(self) -> None:
         """Sends what is queued, within config.deadline_seconds, and gives everything back. Idempotent.
@@ -119,8 +146,8 @@ class KvPipe:
             for link in self._links:
                 link.close()
             self._store = None
-            if self._sender.error is not None:
-                raise KvPipeError(f"not everything was sent: {self._sender.error}") from self._sender.error
+            if self._sender.loss is not None:
+                raise KvPipeError(f"not everything was sent: {self._sender.loss}") from self._sender.loss
 
     def abort(self, reason: str) -> None:
         """Breaks both directions off: what waits in send or receive raises, what is queued is dropped.
@@ -128,8 +155,7 @@ class KvPipe:
         From any thread; idempotent. close gives everything back.
         """
         self._sender.abort(reason)
-        for link in self._links:
-            link.abort(reason)
+        self._receiver.abort(reason)
 
     def _seconds(self, timeout_seconds: float | None) -> float:
         return self._config.deadline_seconds if timeout_seconds is None else timeout_seconds

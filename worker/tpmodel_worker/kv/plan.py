@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tpmodel_worker.kv.layout import KvLayout, check_compatible
 
-PIECE_BYTES = 64 << 20
-"""Of one rank's part of a layer, what is gathered and sent at a time."""
+NCCL_PIECE_BYTES = 128 << 20
+"""Most that is gathered and sent at a time between GPUs: what moves in longer than the host needs to ask for it."""
+GLOO_PIECE_BYTES = 16 << 20
+"""The same through the memory of hosts, where every piece wakes threads on both sides."""
+MOST_PIECE_BYTES = 1 << 30
+_LEAST_PIECES = 4
+"""Fewer would leave nothing to gather while another piece is on its way."""
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -26,9 +31,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The tokens first to first + count - 1 of one layer."""
+    """The tokens first to first + count - 1 of some layers that follow each other: all tokens, where it is several."""
 
-    layer: int
+    layers: range
     first: int
     count: int
 
@@ -50,14 +55,38 @@ class TransferPlan:
         """What a rank of the target gets, by sender."""
         return [part for part in self.parts if part.receiver == rank]
 
-    def pieces(self, tokens: int) -> Iterator[Piece]:
-        """What is sent one after the other, the same for all parts: layer by layer, long requests in several pieces."""
-        heads = max(len(part.heads) for part in self.parts)
-        row_bytes = 2 * heads * self.source.head_dim * _ITEM_BYTES[self.source.dtype]
-        most = max(1, PIECE_BYTES // row_bytes)
-        for layer in range(self.source.layers):
-            for first in range(0, tokens, most):
-                yield Piece(layer, first, min(most, tokens - first))
+    def pieces(self, part: Part, tokens: int, most_bytes: int) -> list[Piece]:
+        """What is sent one after the other, layer by layer: of about one size, none of more than most_bytes."""
+        layer_bytes = tokens * 2 * len(part.heads) * self.source.head_dim * _ITEM_BYTES[self.source.dtype]
+        if not layer_bytes:
+            return []
+        layers = self.source.layers
+        at_a_time = max(1, min(most_bytes // layer_bytes, layers // _LEAST_PIECES))
+        count = -(-tokens // -(-layer_bytes // most_bytes))
+        return [
+            Piece(range(layer, min(layer + at_a_time, layers)), first, min(count, tokens - first))
+            for layer in range(0, layers, at_a_time)
+            for first in range(0, tokens, count)
+        ]
+
+    def turns(
+        self, parts: Sequence[Part], tokens: int, most_bytes: Mapping[tuple[int, int], int]
+    ) -> Iterator[tuple[Part, Piece]]:
+        """A rank's parts, in the order in which their pieces are sent, and received.
+
+        The first pieces of all parts, then the second ones, and so on: every rank takes the pieces that it has to do
+        with in the order of (number, sender, receiver), so that no ring of ranks waits for each other.
+
+        Args:
+            parts: of one rank, from of_sender or of_receiver.
+            tokens: of the request.
+            most_bytes: of a piece, by sender and receiver.
+        """
+        lists = [self.pieces(part, tokens, most_bytes[part.sender, part.receiver]) for part in parts]
+        for number in range(max(map(len, lists), default=0)):
+            for part, pieces in zip(parts, lists, strict=True):
+                if number < len(pieces):
+                    yield part, pieces[number]
 
 
 def plan_transfer(source: KvLayout, target: KvLayout) -> TransferPlan:

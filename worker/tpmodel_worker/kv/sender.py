@@ -1,12 +1,16 @@
-"""The sending direction: a bounded queue, and the thread that empties it."""
+"""The sending direction: a bounded queue, a thread that announces what is in it, and one that sends what was asked for.
+
+Items are announced as they come, whatever has become of those before them. So the receiver can ask for several, and
+their bytes follow each other without a pause.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -24,23 +28,13 @@ from tpmodel_worker.kv.header import (
     tensor_header,
 )
 from tpmodel_worker.kv.link import SENDER, Link, as_bytes
+from tpmodel_worker.kv.outgoing import Item, Outgoing
+from tpmodel_worker.kv.staging import Staging, now_on
 
 _END_SECONDS = 2.0
 """How long the peer may take to hear that this is the end: by then everything has arrived."""
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    tensor: torch.Tensor | None
-    """A copy of the caller's, on the pipe's device, contiguous."""
-    copied: torch.cuda.Event | None
-    """When the copy is whole, on CUDA."""
-
-    @property
-    def bytes(self) -> int:
-        return 0 if self.tensor is None else self.tensor.numel() * self.tensor.element_size()
 
 
 class Sender:
@@ -50,28 +44,31 @@ class Sender:
         self._link = link
         self._config = config
         self._device = config.resolve_device()
+        self._staging = Staging(self._device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         # Held through wait, copy and enqueueing: that is what keeps the order.
         self._order = threading.Lock()
         self._changed = threading.Condition()
-        self._queue: deque[_Item] = deque()
-        self._queued_bytes = 0
-        self._undelivered = 0
-        """Items queued or on their way."""
-        self._sent = 0
+        self._outgoing = Outgoing()
         self._closing = False
+        self._end_announced = False
         self._error: KvPipeError | None = None
-        self._thread = threading.Thread(target=self._run, name="kv send", daemon=True)
-        self._thread.start()
+        self._loss: KvPipeError | None = None
+        announce, answer = (self._announce_all,), (self._answer_all,)
+        self._announcing = threading.Thread(target=self._guard, args=announce, name="kv announce", daemon=True)
+        self._answering = threading.Thread(target=self._guard, args=answer, name="kv send", daemon=True)
+        self._announcing.start()
+        self._answering.start()
 
     @property
     def queued_bytes(self) -> int:
         """Bytes of the tensors that wait or are on their way."""
-        return self._queued_bytes
+        return self._outgoing.bytes
 
     @property
-    def error(self) -> KvPipeError | None:
-        """What broke this direction."""
-        return self._error
+    def loss(self) -> KvPipeError | None:
+        """What broke this direction while something was queued or on its way."""
+        return self._loss
 
     def send(self, tensor: torch.Tensor | None, seconds: float) -> None:
         """Queues a copy. Waits while more than the limit is queued, for that many seconds at most.
@@ -81,54 +78,81 @@ class Sender:
             KvPipeError: an earlier item could not be sent, or the queue did not shrink; nothing was queued.
             KvPipeClosedError: the pipe was closed.
         """
-        if tensor is not None:
-            size = tensor_header(tensor, 0).payload_bytes
-            if size > self._config.max_tensor_bytes:
-                raise ValueError(f"a tensor of {size} bytes: at most {self._config.max_tensor_bytes} can be sent")
-        deadline = time.monotonic() + seconds
-        if not self._order.acquire(timeout=seconds):
-            raise self._late(seconds)
-        try:
-            self._wait_for_room(deadline, seconds)
-            item = self._copy(tensor)
-            with self._changed:
-                self._check()
-                self._queue.append(item)
-                self._queued_bytes += item.bytes
-                self._undelivered += 1
-                self._changed.notify_all()
-        finally:
-            self._order.release()
+        header = Header(ItemKind.NONE, 0) if tensor is None else self._header(tensor)
+        with self._turn(seconds):
+            copy = None
+            if tensor is not None:
+                # On the caller's stream: behind what it has launched on the source, before what it launches next.
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+                copy.copy_(tensor.detach())
+            self._enqueue(Item(header, copy, now_on(self._device)))
+
+    @contextlib.contextmanager
+    def sending(self, shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -> Iterator[torch.Tensor]:
+        """Memory of the pipe for the block to write into; queued at the end of the block. Waits and raises as send."""
+        header = self._header(torch.empty(shape, dtype=dtype, device="meta"))
+        with self._turn(seconds):
+            tensor = self._staging.take(shape, dtype)
+            try:
+                yield tensor
+                self._enqueue(Item(header, tensor, now_on(self._device), staged=True))
+            except BaseException:
+                self._staging.give_back(tensor, now_on(self._device))
+                raise
+
+    def release_memory(self) -> None:
+        """Gives back what sending has used and nothing needs now."""
+        self._staging.clear()
 
     def close(self, seconds: float) -> None:
         """Sends what is queued and says that this is the end; breaks off after that many seconds. Idempotent."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._undelivered == 0 or self._error is not None, seconds)
-            late = self._undelivered
+            self._changed.wait_for(lambda: not self._outgoing or self._error is not None, seconds)
+            late = len(self._outgoing)
         if late:
             self._fail(KvPipeTimeoutError(f"{late} items were not sent within {seconds:g} s of close"))
-        self._thread.join()
+        self._announcing.join()
+        self._answering.join()
+        self._staging.clear()
 
     def abort(self, reason: str) -> None:
         """Drops what is queued and breaks off what is on its way. From any thread; idempotent."""
         self._fail(KvPipeError(reason))
 
-    def _wait_for_room(self, deadline: float, seconds: float) -> None:
-        limit = self._config.send_limit_bytes
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing or self._error is not None or self._queued_bytes <= limit,
-                max(deadline - time.monotonic(), 0),
-            )
-            self._check()
-            if self._queued_bytes > limit:
-                raise self._late(seconds)
+    # --------------------------------------------------------------------------------- the callers
+
+    def _header(self, tensor: torch.Tensor) -> Header:
+        header = tensor_header(tensor, 0)
+        most = self._config.max_tensor_bytes
+        if header.payload_bytes > most:
+            raise ValueError(f"a tensor of {header.payload_bytes} bytes: at most {most} can be sent")
+        return header
+
+    @contextlib.contextmanager
+    def _turn(self, seconds: float) -> Iterator[None]:
+        """This caller's alone, once there is room."""
+        deadline = time.monotonic() + seconds
+        if not self._order.acquire(timeout=seconds):
+            raise self._late(seconds)
+        try:
+            limit = self._config.send_limit_bytes
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closing or self._error is not None or self._outgoing.bytes <= limit,
+                    max(deadline - time.monotonic(), 0),
+                )
+                self._check()
+                if self._outgoing.bytes > limit:
+                    raise self._late(seconds)
+            yield
+        finally:
+            self._order.release()
 
     def _late(self, seconds: float) -> KvPipeTimeoutError:
         return KvPipeTimeoutError(
-            f"{self._queued_bytes} bytes are queued, more than {self._config.send_limit_bytes}, for {seconds:g} s"
+            f"{self._outgoing.bytes} bytes are queued, more than {self._config.send_limit_bytes}, for {seconds:g} s"
         )
 
     def _check(self) -> None:
@@ -137,105 +161,107 @@ class Sender:
         if self._closing:
             raise KvPipeClosedError("the pipe was closed")
 
-    def _copy(self, tensor: torch.Tensor | None) -> _Item:
-        if tensor is None:
-            return _Item(None, None)
-        if self._device.type != "cuda":
-            return _Item(_copy_to(tensor, self._device), None)
-        with torch.cuda.device(self._device):
-            # On the caller's stream: behind what it has launched on the source, before what it launches next.
-            copy = _copy_to(tensor, self._device)
-            copied = torch.cuda.Event()
-            copied.record()
-        return _Item(copy, copied)
-
-    # ---------------------------------------------------------------------------------- the thread
-
-    def _run(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        with torch.inference_mode():
-            while (item := self._next()) is not None:
-                try:
-                    self._transfer(item, stream)
-                except KvPipeError as error:
-                    self._fail(error)
-                except CommunicatorError as error:
-                    self._fail(KvPipeError(f"item {self._sent}: {error}"))
-                except Exception as error:  # The boundary: the next caller gets it.
-                    _logger.exception("the pipe can't send")
-                    self._fail(KvPipeError(f"{type(error).__name__}: {error}"))
-                self._done(item)
-            if self._error is None:
-                self._say_end()
-
-    def _next(self) -> _Item | None:
+    def _enqueue(self, item: Item) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing or self._error is not None)
-            # It keeps its bytes until it has arrived.
-            return self._queue.popleft() if self._queue else None
-
-    def _done(self, item: _Item) -> None:
-        with self._changed:
-            if self._error is None:  # else everything was given back
-                self._queued_bytes -= item.bytes
-                self._undelivered -= 1
+            self._check()
+            self._outgoing.add(item)
             self._changed.notify_all()
 
-    def _transfer(self, item: _Item, stream: torch.cuda.Stream | None) -> None:
-        tensor = item.tensor
-        header = Header(ItemKind.NONE, self._sent) if tensor is None else tensor_header(tensor, self._sent)
-        seconds = self._config.deadline_seconds
-        self._link.control.write(encode_header(header), seconds)
-        if tensor is not None and header.payload_bytes:
-            self._expect(ReplyKind.GO)
-            if stream is None:
-                self._link.data.broadcast(as_bytes(tensor), SENDER)
-            else:
-                self._launch(tensor, item.copied, stream)
-        self._expect(ReplyKind.DONE)
-        if stream is not None:
-            # It has arrived, so this does not wait; after it the copy's memory may be used for something else.
-            stream.synchronize()
-        self._sent += 1
+    # ---------------------------------------------------------------------------------- the threads
 
-    def _launch(self, tensor: torch.Tensor, copied: torch.cuda.Event | None, stream: torch.cuda.Stream) -> None:
-        assert copied is not None, "copies on CUDA have an event"
-        with torch.cuda.stream(stream):
-            stream.wait_event(copied)
-            self._link.data.broadcast(as_bytes(tensor), SENDER)
-
-    def _expect(self, kind: ReplyKind, seconds: float | None = None) -> None:
-        reply = self._read_reply(seconds or self._config.deadline_seconds)
-        if reply.kind is ReplyKind.REFUSED:
-            raise KvPipeError(f"the peer refused item {self._sent}: {reply.text}")
-        if reply.kind is not kind:
-            raise KvHeaderError(f"the peer answered {reply.kind.name} in the place of {kind.name}")
-
-    def _read_reply(self, seconds: float) -> Reply:
-        return decode_reply(self._link.control.read(REPLY_BYTES, seconds), sequence=self._sent)
-
-    def _say_end(self) -> None:
+    def _guard(self, run: Callable[[], None]) -> None:
         try:
-            header = Header(ItemKind.END, self._sent)
-            self._link.control.write(encode_header(header), _END_SECONDS)
-            self._expect(ReplyKind.DONE, _END_SECONDS)
+            with torch.inference_mode():
+                run()
         except KvPipeError as error:
+            self._end(error)
+        except CommunicatorError as error:
+            self._end(KvPipeError(f"item {self._outgoing.arrived}: {error}"))
+        except Exception as error:  # The boundary: the next caller gets it.
+            _logger.exception("the pipe can't send")
+            self._end(KvPipeError(f"{type(error).__name__}: {error}"))
+
+    def _announce_all(self) -> None:
+        """Announces what is queued, and watches the clock of what is under way."""
+        seconds = self._config.deadline_seconds
+        while True:
+            with self._changed:
+                left = self._outgoing.seconds_left(seconds)
+                self._changed.wait_for(self._can_announce, left)
+                if self._error is not None:
+                    return
+                item = self._outgoing.announce()
+                if item is None and self._closing and not self._outgoing:
+                    break
+                if item is None and self._outgoing.seconds_left(seconds) == 0:
+                    raise KvPipeTimeoutError(f"the peer said nothing for {seconds:g} s")
+            if item is not None:
+                self._link.control.write(encode_header(item.header), seconds)
+        self._end_announced = True
+        self._link.control.write(encode_header(Header(ItemKind.END, self._outgoing.arrived)), _END_SECONDS)
+        self._answering.join(_END_SECONDS)
+        if self._answering.is_alive():
+            raise KvPipeTimeoutError(f"the peer said nothing for {_END_SECONDS:g} s")
+
+    def _can_announce(self) -> bool:
+        return self._outgoing.unannounced > 0 or self._error is not None or (self._closing and not self._outgoing)
+
+    def _answer_all(self) -> None:
+        """Sends what the peer asks for, until it has heard the end."""
+        seconds = self._config.deadline_seconds
+        while True:
+            reply = decode_reply(self._link.control.read(REPLY_BYTES, seconds, idle=True))
+            if reply.kind is ReplyKind.REFUSED:
+                raise KvPipeError(f"the peer refused item {reply.sequence}: {reply.text}")
+            if self._is_end(reply):
+                return
+            if reply.kind is ReplyKind.GO:
+                with self._changed:
+                    item = self._outgoing.ask(reply.sequence)
+                self._launch(item)
+            else:
+                self._arrived(reply.sequence)
+
+    def _is_end(self, reply: Reply) -> bool:
+        return self._end_announced and reply == Reply(ReplyKind.DONE, self._outgoing.arrived)
+
+    def _launch(self, item: Item) -> None:
+        tensor = item.tensor
+        assert tensor is not None, "only what has bytes is asked for"
+        if self._stream is None:
+            self._link.data.broadcast(as_bytes(tensor), SENDER)
+            return
+        assert item.written is not None, "tensors on CUDA have an event"
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(item.written)
+            # Its owner drops it once it has arrived there, when this end's kernel may not quite have ended.
+            tensor.record_stream(self._stream)
+            self._link.data.broadcast(as_bytes(tensor), SENDER)
+            item.sent = now_on(self._device)
+
+    def _arrived(self, sequence: int) -> None:
+        with self._changed:
+            item = self._outgoing.arrive(sequence)
+            self._changed.notify_all()
+        if item.staged and item.tensor is not None:
+            self._staging.give_back(item.tensor, item.sent)
+
+    def _end(self, error: KvPipeError) -> None:
+        if self._end_announced and not isinstance(error, KvHeaderError):
             # Everything has arrived: the peer was closed first, or is gone.
             _logger.debug("the peer did not hear the end: %s", error)
+            self._link.abort(str(error))
+            return
+        self._fail(error)
 
     def _fail(self, error: KvPipeError) -> None:
         with self._changed:
             if self._error is not None:
                 return
             self._error = error
-            self._queue.clear()
-            self._queued_bytes = self._undelivered = 0
+            self._loss = error if self._outgoing else None
+            self._outgoing.clear()
             self._changed.notify_all()
-        _logger.error("the pipe can't send any more: %s", error)
+        # Where nothing is lost the peer may just have closed first.
+        _logger.log(logging.ERROR if self._loss else logging.DEBUG, "the pipe can't send any more: %s", error)
         self._link.abort(str(error))
-
-
-def _copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    copy.copy_(tensor.detach())
-    return copy

@@ -1,20 +1,25 @@
 """Moves one request's cache over pipes, layer by layer: out of the sender's blocks, into the receiver's own.
 
-Beside the two caches there is never more than a few pieces (plan.PIECE_BYTES) on either side.
+Beside the two caches there is never more than a few pieces on either side, in memory of the pipes. Nothing here waits
+for a GPU: gathering one piece, sending another and putting a third in its place are ordered by events.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from tpmodel_worker.kv.errors import KvPipeError
-from tpmodel_worker.kv.layout import KvLayout, StateLayout
+from tpmodel_worker.kv.layout import StateLayout
 from tpmodel_worker.kv.plan import Part, Piece, TransferPlan
 from tpmodel_worker.models.batch import LayerKvCache, LayerState
+
+End = TypeVar("End")
 
 
 class SendingEnd(Protocol):
@@ -24,6 +29,10 @@ class SendingEnd(Protocol):
         """Queues a copy. Raises KvPipeError."""
         ...
 
+    def sending(self, shape: tuple[int, ...], dtype: torch.dtype) -> AbstractContextManager[torch.Tensor]:
+        """Memory to write into, on the pipe's device; queued at the end of the block. Raises KvPipeError."""
+        ...
+
 
 class ReceivingEnd(Protocol):
     """Of a pipe."""
@@ -31,6 +40,18 @@ class ReceivingEnd(Protocol):
     def receive(self) -> torch.Tensor | None:
         """What the peer sent next. Raises KvPipeError."""
         ...
+
+    def receiving(self) -> AbstractContextManager[torch.Tensor | None]:
+        """The same, until the end of the block. Raises KvPipeError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lane(Generic[End]):
+    """One end of a pipe, and how much is sent over it at a time."""
+
+    end: End
+    piece_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +77,14 @@ class RequestCache:
         return rows.to(self.kv[0].keys.device)
 
 
-def send_cache(plan: TransferPlan, rank: int, cache: RequestCache, pipes: Mapping[int, SendingEnd]) -> int:
+def send_cache(plan: TransferPlan, rank: int, cache: RequestCache, lanes: Mapping[int, Lane[SendingEnd]]) -> int:
     """Sends a rank's parts; returns their bytes. On CUDA the work goes to the current stream.
 
     Args:
         plan: of the whole transfer.
         rank: of the source.
         cache: this rank's.
-        pipes: by receiver.
+        lanes: by receiver.
 
     Raises:
         KvPipeError: something could not be sent.
@@ -72,28 +93,29 @@ def send_cache(plan: TransferPlan, rank: int, cache: RequestCache, pipes: Mappin
     heads, key_heads = plan.source.heads_of(rank), plan.source.key_heads_of(rank)
     rows = cache.rows()
     sent = 0
-    for piece in plan.pieces(cache.tokens):
-        for part in parts:
-            if part.heads:
-                tensor = _gather(cache.kv[piece.layer], rows, piece, _within(part.heads, heads))
-                sent += _send(pipes[part.receiver], tensor)
+    most = {(rank, receiver): lane.piece_bytes for receiver, lane in lanes.items()}
+    for part, piece in plan.turns(parts, cache.tokens, most):
+        shape = _shape_of(piece, part, plan.source.head_dim)
+        with lanes[part.receiver].end.sending(shape, cache.kv[0].keys.dtype) as tensor:
+            _gather(cache.kv[piece.layers.start : piece.layers.stop], rows, piece, _within(part.heads, heads), tensor)
+        sent += tensor.nbytes
+    places = _places(plan.source.state, parts, key_heads, rows.device)
     for state in cache.states:
-        for part in parts:
-            if part.key_heads and plan.source.state is not None:
-                place = _StatePlace(plan.source.state, len(key_heads), _within(part.key_heads, key_heads))
-                sent += _send(pipes[part.receiver], place.convolution_of(state, cache.slot))
-                sent += _send(pipes[part.receiver], place.recurrent_of(state, cache.slot))
+        for part, place in places:
+            end = lanes[part.receiver].end
+            sent += _send(end, place.convolution_of(state, cache.slot))
+            sent += _send(end, place.recurrent_of(state, cache.slot))
     return sent
 
 
-def receive_cache(plan: TransferPlan, rank: int, cache: RequestCache, pipes: Mapping[int, ReceivingEnd]) -> int:
+def receive_cache(plan: TransferPlan, rank: int, cache: RequestCache, lanes: Mapping[int, Lane[ReceivingEnd]]) -> int:
     """Receives a rank's parts into its blocks; returns their bytes. On CUDA the work goes to the current stream.
 
     Args:
         plan: of the whole transfer.
         rank: of the target.
         cache: this rank's; its blocks and slot are no other request's.
-        pipes: by sender.
+        lanes: by sender.
 
     Raises:
         KvPipeError: something did not come, or is not what the plan says. The blocks may hold anything then.
@@ -102,18 +124,25 @@ def receive_cache(plan: TransferPlan, rank: int, cache: RequestCache, pipes: Map
     heads, key_heads = plan.target.heads_of(rank), plan.target.key_heads_of(rank)
     rows = cache.rows()
     received = 0
-    for piece in plan.pieces(cache.tokens):
-        for part in parts:
-            if part.heads:
-                received += _scatter(pipes[part.sender], cache.kv[piece.layer], rows, piece, part, heads, plan.target)
+    most = {(sender, rank): lane.piece_bytes for sender, lane in lanes.items()}
+    for part, piece in plan.turns(parts, cache.tokens, most):
+        layers = cache.kv[piece.layers.start : piece.layers.stop]
+        with lanes[part.sender].end.receiving() as given:
+            tensor = _checked(given, _shape_of(piece, part, plan.target.head_dim), layers[0].keys)
+            _scatter(tensor, layers, rows, piece, _within(part.heads, heads))
+        received += tensor.nbytes
+    places = _places(plan.target.state, parts, key_heads, rows.device)
     for state in cache.states:
-        for part in parts:
-            if part.key_heads and plan.target.state is not None:
-                place = _StatePlace(plan.target.state, len(key_heads), _within(part.key_heads, key_heads))
-                pipe = pipes[part.sender]
-                received += place.put_convolution(state, cache.slot, pipe)
-                received += place.put_recurrent(state, cache.slot, pipe)
+        for part, place in places:
+            end = lanes[part.sender].end
+            received += place.put_convolution(state, cache.slot, end)
+            received += place.put_recurrent(state, cache.slot, end)
     return received
+
+
+def _shape_of(piece: Piece, part: Part, head_dim: int) -> tuple[int, ...]:
+    """Layers; keys, then values; tokens, heads, head_dim."""
+    return (len(piece.layers), 2, piece.count, len(part.heads), head_dim)
 
 
 def _within(heads: range, all_heads: range) -> slice:
@@ -121,9 +150,9 @@ def _within(heads: range, all_heads: range) -> slice:
     return slice(heads.start - all_heads.start, heads.stop - all_heads.start)
 
 
-def _send(pipe: SendingEnd, tensor: torch.Tensor) -> int:
-    pipe.send(tensor)
-    return tensor.numel() * tensor.element_size()
+def _send(end: SendingEnd, tensor: torch.Tensor) -> int:
+    end.send(tensor)
+    return tensor.nbytes
 
 
 def _rows_of(part: torch.Tensor, heads: slice) -> torch.Tensor:
@@ -132,51 +161,55 @@ def _rows_of(part: torch.Tensor, heads: slice) -> torch.Tensor:
     return rows.view(torch.int64) if rows.shape[-1] * rows.element_size() % 8 == 0 else rows
 
 
-def _gather(layer: LayerKvCache, rows: torch.Tensor, piece: Piece, heads: slice) -> torch.Tensor:
-    """(2, tokens, heads, head_dim): keys, then values."""
+def _gather(
+    layers: Sequence[LayerKvCache], rows: torch.Tensor, piece: Piece, heads: slice, target: torch.Tensor
+) -> None:
+    """Fills target, which may be on another device than the cache."""
     wanted = rows[piece.first : piece.first + piece.count]
-    keys, values = _rows_of(layer.keys, heads), _rows_of(layer.values, heads)
-    gathered = torch.empty((2, piece.count, *keys.shape[1:]), dtype=keys.dtype, device=keys.device)
-    for part, target in zip((keys, values), gathered, strict=True):
-        torch.index_select(part, 0, wanted, out=target)
-    return gathered.view(layer.keys.dtype)
+    device = layers[0].keys.device
+    near = target if target.device == device else torch.empty(target.shape, dtype=target.dtype, device=device)
+    for layer, (keys, values) in zip(layers, near, strict=True):
+        for part, gathered in ((layer.keys, keys), (layer.values, values)):
+            held = _rows_of(part, heads)
+            torch.index_select(held, 0, wanted, out=gathered.view(held.dtype))
+    if near is not target:
+        target.copy_(near)
 
 
 def _scatter(
-    pipe: ReceivingEnd, layer: LayerKvCache, rows: torch.Tensor, piece: Piece, part: Part, held: range, layout: KvLayout
-) -> int:
-    shape = (2, piece.count, len(part.heads), layout.head_dim)
-    tensor = _receive(pipe, shape, layer.keys)
+    tensor: torch.Tensor, layers: Sequence[LayerKvCache], rows: torch.Tensor, piece: Piece, heads: slice
+) -> None:
     wanted = rows[piece.first : piece.first + piece.count]
-    for values, target in zip(tensor, (layer.keys, layer.values), strict=True):
-        places = _rows_of(target, _within(part.heads, held))
-        places.index_copy_(0, wanted, values.view(places.dtype))
-    return tensor.numel() * tensor.element_size()
+    for layer, (keys, values) in zip(layers, tensor.to(rows.device), strict=True):
+        for part, given in ((layer.keys, keys), (layer.values, values)):
+            places = _rows_of(part, heads)
+            places.index_copy_(0, wanted, given.view(places.dtype))
 
 
-def _receive(pipe: ReceivingEnd, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """The next tensor, on the cache's device. Raises KvPipeError when it is not of this shape and of like's dtype."""
-    tensor = pipe.receive()
+def _checked(tensor: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Raises KvPipeError when it is not of this shape and of like's dtype."""
     if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != like.dtype:
         got = "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         raise KvPipeError(f"the peer sent {got}, expected {like.dtype} of shape {shape}")
-    return tensor.to(like.device)
+    return tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _StatePlace:
     """Where some key heads are in the state of a rank that holds so many."""
 
     layout: StateLayout
     held: int
     heads: slice
+    device: torch.device
 
     @property
     def value_heads(self) -> slice:
         shared = self.layout.value_heads
         return slice(self.heads.start * shared, self.heads.stop * shared)
 
-    def columns(self, device: torch.device) -> torch.Tensor:
+    @functools.cached_property
+    def columns(self) -> torch.Tensor:
         """(features,) int64: of the convolved ones, which are all queries, then all keys, then all values."""
         layout = self.layout
         keys, values = layout.key_dim, layout.value_heads * layout.value_dim
@@ -185,25 +218,37 @@ class _StatePlace:
         for width in (keys, keys, values):
             columns += range(before + self.heads.start * width, before + self.heads.stop * width)
             before += self.held * width
-        return torch.tensor(columns, dtype=torch.int64).to(device)
+        return torch.tensor(columns, dtype=torch.int64, device=self.device)
 
     def convolution_of(self, state: LayerState, slot: int) -> torch.Tensor:
         """(taps, features)."""
-        return state.convolution[slot].index_select(1, self.columns(state.convolution.device))
+        return state.convolution[slot].index_select(1, self.columns)
 
     def recurrent_of(self, state: LayerState, slot: int) -> torch.Tensor:
         """(value heads, key_dim, value_dim)."""
         return state.recurrent[slot, self.value_heads]
 
-    def put_convolution(self, state: LayerState, slot: int, pipe: ReceivingEnd) -> int:
-        columns = self.columns(state.convolution.device)
-        tensor = _receive(pipe, (self.layout.taps, len(columns)), state.convolution)
-        state.convolution[slot].index_copy_(1, columns, tensor)
-        return tensor.numel() * tensor.element_size()
+    def put_convolution(self, state: LayerState, slot: int, end: ReceivingEnd) -> int:
+        tensor = _checked(end.receive(), (self.layout.taps, len(self.columns)), state.convolution)
+        state.convolution[slot].index_copy_(1, self.columns, tensor.to(self.device))
+        return tensor.nbytes
 
-    def put_recurrent(self, state: LayerState, slot: int, pipe: ReceivingEnd) -> int:
+    def put_recurrent(self, state: LayerState, slot: int, end: ReceivingEnd) -> int:
         heads = self.value_heads
         shape = (heads.stop - heads.start, self.layout.key_dim, self.layout.value_dim)
-        tensor = _receive(pipe, shape, state.recurrent)
-        state.recurrent[slot, heads] = tensor
-        return tensor.numel() * tensor.element_size()
+        tensor = _checked(end.receive(), shape, state.recurrent)
+        state.recurrent[slot, heads] = tensor.to(self.device)
+        return tensor.nbytes
+
+
+def _places(
+    layout: StateLayout | None, parts: Sequence[Part], held: range, device: torch.device
+) -> list[tuple[Part, _StatePlace]]:
+    """Where each part's key heads are in the states of a rank that holds these."""
+    if layout is None:
+        return []
+    return [
+        (part, _StatePlace(layout, len(held), _within(part.key_heads, held), device))
+        for part in parts
+        if part.key_heads
+    ]
