@@ -1,10 +1,11 @@
 """A request's KV cache from one rank's blocks into another's, against a bare send and receive of the same bytes.
 
-    python -m benchmarks.kv_transfer [--device cpu|cuda] [--tokens 1024,4096] [--piece-bytes N]
+    python -m benchmarks.kv_transfer [--device cpu|cuda] [--tokens 1024,4096]
 
-Two processes. With two GPUs the bytes go over NCCL; with one, both processes share it and the bytes go through host
-memory over Gloo, as between ranks of one GPU; without, over Gloo on the CPU. Prints for each length the median of
-several rounds, in GB/s, and how long opening the pipe took.
+Two processes, each with what a rank has for handovers. With two GPUs the bytes go over NCCL; with one, both processes
+share it and the bytes go through host memory over Gloo, as between ranks of one GPU; without, over Gloo on the CPU.
+Prints how long the first handover took, which opens the pipe, and the same one later; then for each length the median
+of several rounds, in GB/s.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from tpmodel.local import free_ports
+from tpmodel.v1 import kv_pb2, worker_pb2
 from tpmodel_worker.kv.layout import KvLayout
-from tpmodel_worker.kv.pipe import KvPipe, KvPipeConfig
-from tpmodel_worker.kv.plan import GLOO_PIECE_BYTES, NCCL_PIECE_BYTES, plan_transfer
-from tpmodel_worker.kv.transfer import Lane, RequestCache, receive_cache, send_cache
+from tpmodel_worker.kv.plan import TransferPlan, plan_transfer
+from tpmodel_worker.kv.rank_handovers import Handovers
+from tpmodel_worker.kv.transfer import RequestCache
 from tpmodel_worker.models.batch import LayerKvCache
 
 SENDER, RECEIVER = 0, 1
@@ -46,21 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", help="lengths of requests, separated by commas")
-    parser.add_argument("--piece-bytes", type=int, help="most that is sent at a time; left out: as gangs do")
     parser.add_argument("--member", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--ports", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     tokens = options.tokens or TOKENS[options.device]
     if options.member is not None:
         lengths = [int(part) for part in tokens.split(",")]
-        run_member(options.member, options.device, lengths, options.ports, options.piece_bytes)
+        run_member(options.member, options.device, lengths, options.port)
         return
-    ports = ",".join(str(port) for port in free_ports(2))
+    port = str(free_ports(1)[0])
     command = [sys.executable, "-m", "benchmarks.kv_transfer", "--device", options.device, "--tokens", tokens]
-    if options.piece_bytes:
-        command += ["--piece-bytes", str(options.piece_bytes)]
     members = [
-        subprocess.Popen([*command, "--ports", ports, "--member", str(member)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, "--port", port, "--member", str(member)], stdout=subprocess.PIPE, text=True)
         for member in (SENDER, RECEIVER)
     ]
     outputs = [member.communicate()[0] for member in members]
@@ -71,11 +70,8 @@ def main() -> None:
 
 def print_table(result: dict[str, object]) -> None:
     """One line for each length."""
-    print(
-        f"{result['layers']} layers, {KV_HEADS} KV heads of {HEAD_DIM}, bfloat16; {result['transport']}; pieces of"
-        f" {result['piece_bytes']} bytes"
-    )
-    print(f"opening the pipe: {result['connect_seconds']:.3f} s")
+    print(f"{result['layers']} layers, {KV_HEADS} KV heads of {HEAD_DIM}, bfloat16; {result['transport']}")
+    print(f"the first handover: {result['first']:.4f} s, the same later: {result['later']:.4f} s")
     print(f"{'tokens':>8} {'MB':>8} {'handover GB/s':>14} {'bare GB/s':>10} {'of bare':>8}")
     rows = result["rows"]
     assert isinstance(rows, list)
@@ -85,9 +81,8 @@ def print_table(result: dict[str, object]) -> None:
         print(f"{row['tokens']:>8} {size:>8.1f} {handover:>14.2f} {bare:>10.2f} {handover / bare:>8.0%}")
 
 
-def run_member(member: int, device_type: str, lengths: list[int], ports: str, piece_bytes: int | None) -> None:
+def run_member(member: int, device_type: str, lengths: list[int], port: int) -> None:
     """One end; the receiver prints what it has measured, as JSON."""
-    pipe_port, group_port = (int(port) for port in ports.split(","))
     nccl = device_type == "cuda" and torch.cuda.device_count() > 1
     device = torch.device("cuda", member if nccl else 0) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
@@ -95,34 +90,21 @@ def run_member(member: int, device_type: str, lengths: list[int], ports: str, pi
     else:
         # Threads of torch's own that wait for each other are slow where processors are few.
         torch.set_num_threads(1)
-    store = TCPStore(HOST, group_port, 2, is_master=member == SENDER, timeout=timedelta(seconds=SECONDS))
+    store = TCPStore(HOST, port, 2, is_master=member == SENDER, timeout=timedelta(seconds=SECONDS))
     dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=member, world_size=2)
     # Barriers over TCP, which launch nothing on a device.
     barriers: Any = dist.new_group(backend="gloo")
-    piece_bytes = piece_bytes or (NCCL_PIECE_BYTES if nccl else GLOO_PIECE_BYTES)
-    started = time.perf_counter()
-    config = KvPipeConfig(
-        rank=member,
-        address=HOST,
-        master_address=HOST,
-        base_port=pipe_port,
-        token="benchmark",
-        device="cuda" if nccl else "cpu",
-        local_rank=device.index or 0,
-        send_limit_bytes=2 * piece_bytes,
-        receive_limit_bytes=2 * piece_bytes,
-    )
-    result: dict[str, object] = {
-        "layers": LAYERS[device_type],
-        "piece_bytes": piece_bytes,
-        "transport": "NCCL between two GPUs" if nccl else f"Gloo, tensors on {device.type}",
-    }
-    with KvPipe(config) as pipe, torch.inference_mode():
-        result["connect_seconds"] = time.perf_counter() - started
-        measuring = Member(member, device, Lane(pipe, piece_bytes), barriers, staged=device.type == "cuda" and not nccl)
-        result["rows"] = [measuring.measure(tokens) for tokens in lengths]
-        dist.barrier(group=barriers)
+    device_ids = ["first", "second"] if nccl else ["", ""]
+    measuring = Member(member, device, device_ids, store, barriers, staged=device.type == "cuda" and not nccl)
+    with torch.inference_mode():
+        # Its tensors' first use of a device, and torch's own first connection, are no part of it.
+        first = measuring.first(lengths[0])
+        rows = [measuring.measure(tokens) for tokens in lengths]
+    dist.barrier(group=barriers)
+    measuring.close()
     if member == RECEIVER:
+        result = {"layers": LAYERS[device_type], "first": first, "later": rows[0]["handover"], "rows": rows}
+        result["transport"] = "NCCL between two GPUs" if nccl else f"Gloo, tensors on {device.type}"
         print(json.dumps(result))
     dist.destroy_process_group()
 
@@ -130,13 +112,20 @@ def run_member(member: int, device_type: str, lengths: list[int], ports: str, pi
 class Member:
     """One end's caches and rounds."""
 
-    def __init__(self, member: int, device: torch.device, lane: Lane[KvPipe], barriers: Any, *, staged: bool) -> None:
+    def __init__(
+        self, member: int, device: torch.device, device_ids: list[str], store: TCPStore, barriers: Any, *, staged: bool
+    ) -> None:
         """staged: bare tensors go through host memory, too."""
         self._member = member
         self._device = device
-        self._lane = lane
+        self._device_ids = device_ids
+        self._store = store
         self._barriers = barriers
         self._staged = staged
+        self._number = 0
+        self._handovers = Handovers(
+            rank=0, device=device, device_id=device_ids[member], address=HOST, token="benchmark"
+        )
         layers = LAYERS[device.type]
         self._layout = KvLayout(
             model_id="benchmark",
@@ -149,8 +138,31 @@ class Member:
             ranks=1,
         )
 
+    def close(self) -> None:
+        """Ends the pipe."""
+        self._handovers.close_pipes("the benchmark is over")
+        # Gloo's threads must not be there any more when the process ends.
+        self._handovers.join_pipes()
+
+    def first(self, tokens: int) -> float:
+        """Seconds of a handover that opens the pipe."""
+        cache = self._cache(tokens)
+        dist.barrier(group=self._barriers)
+        started = time.perf_counter()
+        self._hand_over(plan_transfer(self._layout, self._layout), cache)
+        return time.perf_counter() - started
+
     def measure(self, tokens: int) -> dict[str, float]:
         """Seconds of the handover and of the bare way, medians."""
+        cache = self._cache(tokens)
+        plan = plan_transfer(self._layout, self._layout)
+        shape = (2, tokens, KV_HEADS, HEAD_DIM)
+        flat = [torch.zeros(shape, dtype=torch.bfloat16, device=self._device) for _ in cache.kv]
+        handover = self._time(lambda: self._hand_over(plan, cache))
+        bare = self._time(lambda: self._bare(flat))
+        return {"tokens": tokens, "bytes": sum(tensor.nbytes for tensor in flat), "handover": handover, "bare": bare}
+
+    def _cache(self, tokens: int) -> RequestCache:
         blocks = -(-tokens // BLOCK)
         shape = (blocks + 1, BLOCK, KV_HEADS, HEAD_DIM)
 
@@ -159,21 +171,27 @@ class Member:
 
         kv = [LayerKvCache(part(), part()) for _ in range(self._layout.layers)]
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(self._member)).tolist()
-        cache = RequestCache(kv, [], BLOCK, order, 0, tokens)
-        plan = plan_transfer(self._layout, self._layout)
-        moved = 0
+        return RequestCache(kv, [], BLOCK, order, 0, tokens)
 
-        def hand_over() -> None:
-            nonlocal moved
-            if self._member == SENDER:
-                moved = send_cache(plan, 0, cache, {0: self._lane})
-            else:
-                moved = receive_cache(plan, 0, cache, {0: self._lane})
-
-        flat = [torch.zeros((2, tokens, KV_HEADS, HEAD_DIM), dtype=torch.bfloat16, device=self._device) for _ in kv]
-        handover = self._time(hand_over)
-        bare = self._time(lambda: self._bare(flat))
-        return {"tokens": tokens, "bytes": moved, "handover": handover, "bare": bare}
+    def _hand_over(self, plan: TransferPlan, cache: RequestCache) -> None:
+        """This end's part, as a rank does it; the offer goes through the store, in the place of the engines."""
+        self._number += 1
+        key = f"offer/{self._number}"
+        request = worker_pb2.KvTransferRequest(transfer=key, deadline_seconds=SECONDS)
+        if self._member == SENDER:
+            request.send.CopyFrom(worker_pb2.SendKv(device_ids=[self._device_ids[RECEIVER]], world="benchmark"))
+            endpoints = self._handovers.send(request, plan, cache)
+            self._store.set(key, kv_pb2.KvOffer(endpoints=endpoints).SerializeToString().hex())
+        else:
+            offer = kv_pb2.KvOffer.FromString(bytes.fromhex(self._store.get(key).decode()))
+            request.receive.endpoints.extend(offer.endpoints)
+            self._handovers.receive(request, plan, cache)
+        handover = self._handovers.find(key)
+        assert handover is not None, "it was begun"
+        outcome = handover.outcome.result()
+        self._handovers.forget(key)
+        if outcome.error:
+            raise RuntimeError(outcome.error)
 
     def _bare(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:

@@ -178,6 +178,17 @@ def test_what_nobody_comes_for_expires(gangs: Gangs) -> None:
     all_blocks_back(decode)
 
 
+def test_later_handovers_use_the_pipes_of_the_first(gangs: Gangs) -> None:
+    """Until either world is rebuilt: see test_kv_handover_faults."""
+    prefill, decode = gangs.pair("2 to 2")
+    hand_over(prefill, decode, PROMPTS[0], **GREEDY)
+    opened = [server.output.count("a pipe was opened") for server in (prefill, decode)]
+    assert min(opened) > 0
+    for prompt in PROMPTS[1:3]:
+        hand_over(prefill, decode, prompt, **GREEDY)
+    assert [server.output.count("a pipe was opened") for server in (prefill, decode)] == opened
+
+
 def test_it_can_be_fetched_once(gangs: Gangs) -> None:
     prefill, decode = gangs.pair("2 to 2")
     with Client(prefill.target) as client, Client(decode.target) as other:

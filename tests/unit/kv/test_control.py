@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ class Pair:
         self.raw = ControlConnection(raw)
         self.link = Link(ControlConnection(accepted), SingleCommunicator(torch.device("cpu")))
 
-    def config(self, **changes: int) -> KvPipeConfig:
+    def config(self, **changes: Any) -> KvPipeConfig:
         return KvPipeConfig(
             rank=0, address=HOST, master_address=HOST, base_port=1, token="t", deadline_seconds=5, **changes
         )
@@ -141,7 +142,7 @@ class Pair:
 class Peer(Pair):
     """Of a receiver."""
 
-    def __init__(self, **changes: int) -> None:
+    def __init__(self, **changes: Any) -> None:
         super().__init__()
         self.receiver = Receiver(self.link, self.config(**changes))
         self._announced = 0
@@ -164,7 +165,7 @@ class Peer(Pair):
 class PeerOfSender(Pair):
     """Of a sender."""
 
-    def __init__(self, **changes: int) -> None:
+    def __init__(self, **changes: Any) -> None:
         super().__init__()
         self.sender = Sender(self.link, self.config(**changes))
         self._heard = 0

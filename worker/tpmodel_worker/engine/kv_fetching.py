@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import cast
@@ -13,9 +14,11 @@ import grpc
 
 from tpmodel.v1 import kv_pb2, kv_pb2_grpc, worker_pb2
 from tpmodel_worker.auth import token_metadata
+from tpmodel_worker.engine.build import GangCache
 from tpmodel_worker.engine.kv_ranks import KvTransferError, RanksTransfer
 from tpmodel_worker.engine.kv_sending import token_digest
 from tpmodel_worker.engine.loop import ServingLoop
+from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.requests import UNAVAILABLE, Fetch
 from tpmodel_worker.engine.served_world import ServedWorld
 
@@ -55,6 +58,7 @@ class KvFetching:
         self._token = token
         self._deadline_seconds = deadline_seconds
         self._numbers = itertools.count(1)
+        self._name = secrets.token_hex(8)
         self._tasks: dict[Fetch, asyncio.Task[None]] = {}
 
     def begin(self, fetch: Fetch) -> None:
@@ -84,7 +88,7 @@ class KvFetching:
         code = UNAVAILABLE
         try:
             async with asyncio.timeout(_TOTAL_SECONDS):
-                moved, seconds = await self._fetch(fetch, transfer, pool.world_size, kv.layout, list(kv.device_ids))
+                moved, seconds = await self._fetch(fetch, transfer, pool, kv)
         except asyncio.CancelledError:
             message = "the request has ended"
         except TimeoutError:
@@ -113,16 +117,16 @@ class KvFetching:
             return  # the request is replayed in the next world, or fails with this one
         loop.fetch_failed(fetch, code, f"kv_source: no KV from {fetch.source.target}: {message}; {_REMEDY}")
 
-    async def _fetch(
-        self, fetch: Fetch, transfer: RanksTransfer, ranks: int, layout: kv_pb2.KvLayout, device_ids: list[str]
-    ) -> tuple[int, float]:
+    async def _fetch(self, fetch: Fetch, transfer: RanksTransfer, pool: Pool, kv: GangCache) -> tuple[int, float]:
         request = kv_pb2.FetchKvRequest(
             ticket=fetch.source.ticket,
-            layout=layout,
+            layout=kv.layout,
             weight_version=fetch.weight_version,
             tokens=len(fetch.token_ids),
             token_digest=token_digest(fetch.token_ids),
-            device_ids=device_ids,
+            device_ids=kv.device_ids,
+            # Of this process, too: another one counts its epochs anew.
+            world=f"{self._name}/{pool.epoch}",
         )
         async with grpc.aio.insecure_channel(fetch.source.target, options=_CHANNEL_OPTIONS) as channel:
             stub = kv_pb2_grpc.KvServiceStub(channel)
@@ -137,14 +141,14 @@ class KvFetching:
                 step = worker_pb2.KvTransferRequest(
                     transfer=transfer.name,
                     source=offer.offer.layout,
-                    target=layout,
+                    target=kv.layout,
                     blocks=fetch.blocks,
                     slot=fetch.slot,
                     tokens=fetch.tokens,
                     deadline_seconds=self._deadline_seconds,
                     receive=worker_pb2.ReceiveKv(endpoints=offer.offer.endpoints),
                 )
-                await transfer.begin([step] * ranks)
+                await transfer.begin([step] * pool.world_size)
                 return await self._finish(transfer, call)
             finally:
                 call.cancel()

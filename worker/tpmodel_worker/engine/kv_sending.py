@@ -53,7 +53,7 @@ class KvSending:
                 slot=max(kept.slot, 0),
                 tokens=kept.tokens,
                 deadline_seconds=self._deadline_seconds,
-                send=worker_pb2.SendKv(device_ids=request.device_ids),
+                send=worker_pb2.SendKv(device_ids=request.device_ids, world=request.world),
             )
             replies = await transfer.begin([step] * pool.world_size)
             endpoints = [endpoint for reply in replies for endpoint in reply.endpoints]

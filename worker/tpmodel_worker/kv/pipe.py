@@ -72,6 +72,11 @@ class KvPipe:
         """Bytes of tensors that have come and were not taken by receive yet."""
         return self._receiver.ready_bytes
 
+    @property
+    def broken(self) -> bool:
+        """One of the directions carries nothing any more, for whatever reason."""
+        return self._sender.error is not None or self._receiver.ended is not None
+
     def send(self, tensor: torch.Tensor | None, timeout_seconds: float | None = None) -> None:
         """Queues a copy of the tensor, or that there is none, and returns.
 
@@ -125,6 +130,15 @@ class KvPipe:
         On CUDA the block reads on the stream that is current there. Raises as receive.
         """
         return self._receiver.receiving(self._seconds(timeout_seconds))
+
+    def flush(self, timeout_seconds: float | None = None) -> None:
+        """Returns once everything that was given to send has arrived.
+
+        Raises:
+            KvPipeTimeoutError: not within that many seconds; None: config.deadline_seconds.
+            KvPipeError: something could not be sent.
+        """
+        self._sender.flush(self._seconds(timeout_seconds))
 
     def release_memory(self) -> None:
         """Gives back what sending and receiving keep for their next use. From any thread."""

@@ -81,6 +81,11 @@ class Receiver:
         """Bytes of the tensors that have come and were not taken."""
         return self._ready_bytes
 
+    @property
+    def ended(self) -> KvPipeError | None:
+        """Why nothing more comes."""
+        return self._ended
+
     def receive(self, seconds: float) -> torch.Tensor | None:
         """The next item, on the pipe's device; on CUDA whatever the current stream does next sees it whole.
 
@@ -259,7 +264,9 @@ class Receiver:
 
     def _fail(self, error: KvPipeError) -> None:
         if not self._over:
-            _logger.error("the pipe can't receive any more: %s", error)
+            # Where nothing was to come the peer may just have closed it.
+            closed = isinstance(error, KvPipeClosedError) and not self._coming_bytes
+            _logger.log(logging.DEBUG if closed else logging.ERROR, "the pipe can't receive any more: %s", error)
         # Before the abort, after which what was on its way looks as if it were there.
         self._end(error)
         self._link.abort(str(error))

@@ -66,6 +66,11 @@ class Sender:
         return self._outgoing.bytes
 
     @property
+    def error(self) -> KvPipeError | None:
+        """What broke this direction."""
+        return self._error
+
+    @property
     def loss(self) -> KvPipeError | None:
         """What broke this direction while something was queued or on its way."""
         return self._loss
@@ -99,6 +104,15 @@ class Sender:
             except BaseException:
                 self._staging.give_back(tensor, now_on(self._device))
                 raise
+
+    def flush(self, seconds: float) -> None:
+        """Returns once all that was queued has arrived. Raises KvPipeError."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._outgoing or self._error is not None, seconds)
+            if self._loss is not None:
+                raise KvPipeError(f"not everything was sent: {self._loss}") from self._loss
+            if self._outgoing:
+                raise KvPipeTimeoutError(f"{len(self._outgoing)} items were not sent within {seconds:g} s")
 
     def release_memory(self) -> None:
         """Gives back what sending has used and nothing needs now."""

@@ -19,7 +19,7 @@ from tpmodel_worker.kv.layout import StateLayout
 from tpmodel_worker.kv.plan import Part, Piece, TransferPlan
 from tpmodel_worker.models.batch import LayerKvCache, LayerState
 
-End = TypeVar("End")
+End_co = TypeVar("End_co", covariant=True)
 
 
 class SendingEnd(Protocol):
@@ -47,10 +47,10 @@ class ReceivingEnd(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Lane(Generic[End]):
+class Lane(Generic[End_co]):
     """One end of a pipe, and how much is sent over it at a time."""
 
-    end: End
+    end: End_co
     piece_bytes: int
 
 

@@ -17,9 +17,9 @@ from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
 from tpmodel_worker.comm.communicator import Communicator, CommunicatorError
 from tpmodel_worker.kv.errors import KvMismatchError
-from tpmodel_worker.kv.handover import Handovers
 from tpmodel_worker.kv.layout import KvLayout
 from tpmodel_worker.kv.plan import plan_transfer
+from tpmodel_worker.kv.rank_handovers import Handovers
 from tpmodel_worker.loading.errors import CheckpointError
 from tpmodel_worker.loading.persisted import PersistedWeightsError
 from tpmodel_worker.models.config import ConfigError
@@ -167,6 +167,8 @@ class Worker:
                     self._execute(self._epoch, command)
                     if command.HasField("shutdown"):
                         self._leave()
+                        # A process that ends while a group is taken apart is aborted.
+                        self.handovers.join_pipes()
                         return
 
     def _leave(self) -> None:
@@ -178,6 +180,8 @@ class Worker:
         while not self.handovers.leave("the epoch ends"):
             # What comes next would be written into; the supervisor's deadline ends the process.
             _logger.error("the thread of a KV transfer does not end", extra={"epoch": epoch.number})
+        # The other gang's ranks know them by this world.
+        self.handovers.close_pipes("the epoch ends")
         if not epoch.replies.close(ABORT_SECONDS):
             _logger.error("the device does not finish its work", extra={"epoch": epoch.number})
         if epoch.communicator is not None:
