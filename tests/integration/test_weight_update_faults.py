@@ -189,7 +189,7 @@ def test_updates_under_load_at_four_ranks(tmp_path: Path, tp: int) -> None:
             assert chooses(models[version], prompt, list(result.token_ids[0])), version
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
 def test_other_model_types_are_updated_in_both_modes(tmp_path: Path, architecture: str) -> None:
     """E39, E40: experts stacked, linear attention fused by the map that loading uses."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", seed=3, **ARCHITECTURES[architecture])

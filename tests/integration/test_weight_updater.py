@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,22 +24,16 @@ TESTS = Path(__file__).parents[1]
 
 
 class Exchange:
-    """One updater and one trainer."""
+    """One trainer, and an updater beside each gang."""
 
-    def __init__(self, served: Served, folder: Path, *options: str) -> None:
-        self.served = served
-        self.folder = folder
+    def __init__(self, gangs: Served | Sequence[Served], folder: Path, *options: str) -> None:
+        self.gangs = [gangs] if isinstance(gangs, Served) else list(gangs)
         (port,) = free_ports(1)
-        token = folder / "token"
-        token.write_text(TOKEN)
-        updater = [sys.executable, "-m", "tpmodel_worker.updater", "--gang", served.server.control_target]
-        updater += ["--trainer-token-file", str(token), "--log-format", "text", *options]
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(folder / "bridge")}
-        self.updater = subprocess.Popen(updater, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
-        until((folder / "bridge" / "vllm_bridge_config.json").exists, "the names are published", 60)
-        command = [sys.executable, "-m", "support.indexed_trainer", str(folder / "bridge")]
+        self.updaters = [self.run_updater(index, port, folder, options) for index in range(len(self.gangs))]
+        # They all publish the same.
+        command = [sys.executable, "-m", "support.indexed_trainer", str(folder / "bridge-0")]
         self.trainer = subprocess.Popen(
-            [*command, str(port), str(1 + served.ranks)],
+            [*command, str(port), str(1 + sum(gang.ranks for gang in self.gangs))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -47,13 +41,26 @@ class Exchange:
         )
         self.expect("joined")
 
+    def run_updater(self, index: int, port: int, folder: Path, options: Sequence[str]) -> subprocess.Popen[str]:
+        """Returns once it has said what the trainer needs to know."""
+        token, bridge = folder / f"token-{index}", folder / f"bridge-{index}"
+        token.write_text(TOKEN)
+        command = [sys.executable, "-m", "tpmodel_worker.updater", "--trainer-token-file", str(token)]
+        command += ["--log-format", "text"]
+        command += ["--gang", self.gangs[index].server.control_target, *options]
+        command += ["--gangs", str(len(self.gangs)), "--gang-index", str(index)]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(bridge)}
+        updater = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+        until((bridge / "vllm_bridge_config.json").exists, "the names are published", 60)
+        return updater
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for process in (self.trainer, self.updater):
+        for process in (self.trainer, *self.updaters):
             process.kill()
             process.communicate()
 
@@ -70,18 +77,19 @@ class Exchange:
             self.expect("done")
 
     def update(self, seed: int) -> None:
-        """A full set; returns once it is served."""
+        """A full set; returns once every gang serves it."""
         self.order("set", seed)
-        with torch.no_grad():
-            for name, parameter in self.served.trained.model.named_parameters():
-                parameter.copy_(trained(name, parameter.shape, seed))
-        version = self.served.next_version()
-        until(lambda: self.served.served().version == version, f"version {version} is served")
+        for gang in self.gangs:
+            with torch.no_grad():
+                for name, parameter in gang.trained.model.named_parameters():
+                    parameter.copy_(trained(name, parameter.shape, seed))
+            version = gang.next_version()
+            until(lambda gang=gang, version=version: gang.served().version == version, f"version {version}")
 
     def end(self) -> tuple[int, str]:
-        """Of the updater: its exit code and what it wrote."""
-        _, text = self.updater.communicate(timeout=60)
-        return self.updater.returncode, text
+        """Of the first gang's updater: its exit code and what it wrote."""
+        _, text = self.updaters[0].communicate(timeout=60)
+        return self.updaters[0].returncode, text
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +162,7 @@ def test_a_trainer_that_ends_in_the_middle_leaves_no_version(
 
 def test_an_updater_that_is_ended_leaves_the_gang_as_it_is(served: Served, tmp_path: Path) -> None:
     with Exchange(served, tmp_path) as exchange:
-        exchange.updater.terminate()
+        exchange.updaters[0].terminate()
         code, text = exchange.end()
         assert code == 0, text
     served.check()
@@ -173,3 +181,23 @@ def test_a_trainer_that_does_not_come_is_an_error_without_a_traceback(served: Se
     assert "Traceback" not in done.stderr
     with Client(served.server.target) as client:
         assert client.complete([1, 2, 3], max_tokens=2).token_ids[0]
+
+
+def test_one_trainer_of_the_indexed_way_updates_two_gangs(
+    served: Served, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """U29, U31, U32, U35: each has an updater beside it; every byte is sent once."""
+    with serve(tmp_path_factory.mktemp("other"), 2, checkpoint=served.checkpoint) as other:
+        gangs = (served, other)
+        with Exchange(gangs, tmp_path) as exchange:
+            for seed in (11, 12):
+                exchange.order("index", -1)
+                exchange.update(seed)
+                for gang in gangs:
+                    gang.check()
+            exchange.order("index", -2)
+            for updater in exchange.updaters:
+                _, text = updater.communicate(timeout=60)
+                assert updater.returncode == 0, text
+        for gang in gangs:
+            gang.check()
