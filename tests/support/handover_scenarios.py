@@ -169,9 +169,11 @@ def several(rank: int, senders: int, receivers: int, folder: str) -> bool:
 
 
 def at_a_time(rank: int, folder: str) -> bool:
-    """Three transfers at the same time, twice; whether the second three open no connection."""
+    """One transfer, then three at the same time, twice; whether all seven have opened three pipes at most."""
     side = Side(rank, 2, 2, folder)
-    seen = []
+    side.move("first", 200)
+    first = connections()
+    # How many of the three overlap is chance.
     for turn in range(2):
         names = [f"{turn} {number}" for number in range(3)]
         begun = {name: side.begin(name, 200) for name in names}
@@ -180,10 +182,10 @@ def at_a_time(rank: int, folder: str) -> bool:
             for of_rank, cache in enumerate(begun[name]):
                 side.check(of_rank, cache)
         side.meet(f"moved {turn}")
-        seen.append(connections())
+    last = connections()
     side.close_pipes()
     until(nothing_left, "nothing is left open")
-    return seen[0] == seen[1]
+    return len(last) <= 3 * len(first)
 
 
 def after_a_fault(rank: int, folder: str) -> list[str]:
