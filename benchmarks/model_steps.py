@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from benchmarks.own_steps import OnlyRank, OwnSteps
 from benchmarks.peer_steps import PeerSteps, join_peer_world
 from benchmarks.published_shapes import SHAPES, shape_of
 from benchmarks.step_floor import StepFloor
+from tpmodel.local import free_ports
 from tpmodel_worker.comm.build import CommunicatorSpec, build_communicator
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.comm.rendezvous import start_store
@@ -164,7 +164,9 @@ def measure_worlds(arguments: argparse.Namespace) -> tuple[Measured, list[float]
     if arguments.no_peer:
         return measured, None
     peer: SimpleQueue[list[float]] = get_context("spawn").SimpleQueue()
-    spawn(run_peer_rank, (free_port(), peer, arguments), nprocs=arguments.tp)
+    # Rank 0 of transformers starts its store itself.
+    (store_port,) = free_ports(1)
+    spawn(run_peer_rank, (store_port, peer, arguments), nprocs=arguments.tp)
     return measured, peer.get()
 
 
@@ -181,13 +183,6 @@ def measure_alone(arguments: argparse.Namespace) -> tuple[Measured, list[float] 
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return measured, measure_peer(device, None, arguments)
-
-
-def free_port() -> int:
-    """For the store that transformers' rank 0 starts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def print_table(arguments: argparse.Namespace, own: list[float], floors: list[float], peer: list[float] | None) -> None:

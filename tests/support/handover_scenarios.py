@@ -90,6 +90,11 @@ class Side:
         for handovers in self._ranks:
             handovers.close_pipes("the test says so")
 
+    def end(self) -> None:
+        """Waits until everything is given back."""
+        self.close_pipes()
+        until(nothing_left, "nothing is left open")
+
     def tell(self, name: str, data: bytes = b"") -> None:
         """The other side hears it."""
         unfinished = self._folder / f"{name}.unfinished"
@@ -163,8 +168,7 @@ def several(rank: int, senders: int, receivers: int, folder: str) -> bool:
     side.meet("moved")
     same = connections() == opened and bool(opened)
     side.meet("seen")
-    side.close_pipes()
-    until(nothing_left, "nothing is left open")
+    side.end()
     return same
 
 
@@ -183,8 +187,7 @@ def at_a_time(rank: int, folder: str) -> bool:
                 side.check(of_rank, cache)
         side.meet(f"moved {turn}")
     last = connections()
-    side.close_pipes()
-    until(nothing_left, "nothing is left open")
+    side.end()
     return len(last) <= 3 * len(first)
 
 
@@ -204,8 +207,7 @@ def after_a_fault(rank: int, folder: str) -> list[str]:
     side.move("third", 16)
     assert not connections() & opened
     side.meet("moved")
-    side.close_pipes()
-    until(nothing_left, "nothing is left open")
+    side.end()
     return errors
 
 
@@ -221,8 +223,7 @@ def another_world(rank: int, folder: str) -> bool:
     until(lambda: not connections() & opened, "the old pipe is closed")
     other = bool(connections())
     side.meet("seen")
-    side.close_pipes()
-    until(nothing_left, "nothing is left open")
+    side.end()
     return other
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
+
+from torch._C._distributed_c10d import TCPStore
 
 from support.update_ranks import CPU, HOST, KEY, Rank, Weights
 from support.waiting import until
@@ -16,6 +19,22 @@ from tpmodel_worker.weights.group import join_update_group
 from tpmodel_worker.weights.member import GroupMember, Rehearsal
 from tpmodel_worker.weights.packing import describe, write_update
 from tpmodel_worker.weights.ranks import TRAINER
+
+
+def begin_join(ranks: Sequence[Rank], **fields: Any) -> TCPStore:
+    """A new store, at which the ranks wait for rank 0 of the group. fields: of their JoinUpdate."""
+    store = start_store(HOST)
+    join = pb.JoinUpdate(master_address=HOST, master_port=store.port, group_size=1 + len(ranks), **fields)
+    for rank in ranks:
+        join.group_rank = 1 + rank.rank
+        rank.step(join=join)
+    return store
+
+
+def wait_for_step(ranks: Sequence[Rank], step: int) -> list[str]:
+    """Waits until the ranks' threads are through with it; their errors."""
+    until(lambda: all(rank.status.done and rank.status.step == step for rank in ranks), "the ranks' threads are done")
+    return [rank.status.error for rank in ranks]
 
 
 class Trainer:
@@ -31,19 +50,13 @@ class Trainer:
     ) -> None:
         self.ranks = ranks
         self.steps = 0
-        store = start_store(HOST)
-        join = pb.JoinUpdate(
-            master_address=HOST,
-            master_port=store.port,
-            group_size=1 + len(ranks),
+        store = begin_join(
+            ranks,
             timeout_seconds=10,
             deadline_seconds=deadline_seconds,
             key=KEY,
             rehearsal=weights_pb2.UpdateRehearsal(**asdict(rehearsal)) if rehearsal is not None else None,
         )
-        for rank in ranks:
-            join.group_rank = 1 + rank.rank
-            rank.step(join=join)
         member = GroupMember(
             master_address=HOST,
             master_port=store.port,
@@ -60,11 +73,7 @@ class Trainer:
 
     def wait(self) -> list[str]:
         """Waits for the ranks' threads; their errors."""
-        until(self._done, "the ranks' threads are done")
-        return [rank.status.error for rank in self.ranks]
-
-    def _done(self) -> bool:
-        return all(rank.status.done and rank.status.step == self.steps for rank in self.ranks)
+        return wait_for_step(self.ranks, self.steps)
 
     def begin(self, *, shadow: bool = False) -> None:
         for rank in self.ranks:

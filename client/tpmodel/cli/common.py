@@ -12,6 +12,7 @@ import click
 import grpc
 
 from tpmodel.errors import TpmodelError, UnavailableError, UnsupportedError
+from tpmodel.token_files import TokenFileError, read_token
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +33,14 @@ def connection_options(command: F) -> F:
 def api_key_option(command: F) -> F:
     """--api-key."""
     return click.option("--api-key", default=None, help="Sent as bearer token; default: $TPMODEL_API_KEY.")(command)
+
+
+def read_token_option(option: str, path: str | Path) -> str:
+    """The token in the file that an option names. Raises a usage error that names the option."""
+    try:
+        return read_token(path)
+    except TokenFileError as error:
+        raise click.BadParameter(str(error), param_hint=option) from error
 
 
 def api_key_or_environment(api_key: str | None) -> str | None:

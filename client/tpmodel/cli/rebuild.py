@@ -11,9 +11,8 @@ from typing import Any
 import click
 import grpc
 
-from tpmodel.cli.common import readable_errors
+from tpmodel.cli.common import read_token_option, readable_errors
 from tpmodel.errors import error_from
-from tpmodel.token_files import TokenFileError, read_token
 from tpmodel.v1 import worker_pb2, worker_pb2_grpc
 
 _SOURCE = "user"
@@ -32,10 +31,7 @@ def rebuild(target: str, token_file: Path | None, runtime_dir: Path, wait: float
 
     Ranks keep their processes and weights; the KV cache is emptied.
     """
-    try:
-        token = read_token(token_file) if token_file else _local_token(target, runtime_dir)
-    except TokenFileError as error:
-        raise click.BadParameter(str(error), param_hint="--token-file") from error
+    token = read_token_option("--token-file", token_file) if token_file else _local_token(target, runtime_dir)
     metadata = (("authorization", f"Bearer {token}"),)
     with readable_errors(target), grpc.insecure_channel(target) as channel:
         stub = worker_pb2_grpc.GangServiceStub(channel)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tpmodel.token_files import TokenFileError, read_token
+from tpmodel.cli.common import read_token_option
 
 _UNITS = "kmgt"
 SIZE_UNITS = {"": 1} | {
@@ -159,22 +159,13 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         step_deadline=options["step_deadline"],
         kv_sources=options["kv_from"],
         kv_transfer_deadline=options["kv_transfer_deadline"],
-        token=_token("--token-file", options["token_file"]),
+        token=read_token_option("--token-file", options["token_file"]) if options["token_file"] is not None else "",
         trainer_token_file=os.path.abspath(options["trainer_token_file"]) if options["trainer_token_file"] else "",  # noqa: PTH100
         persist_updates=os.path.abspath(options["persist_updates"]) if options["persist_updates"] else "",  # noqa: PTH100
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],
         runtime_dir=os.path.abspath(options["runtime_dir"]) if options["runtime_dir"] else "",  # noqa: PTH100
     )
-
-
-def _token(option: str, path: str | None) -> str:
-    if path is None:
-        return ""
-    try:
-        return read_token(path)
-    except TokenFileError as error:
-        raise click.BadParameter(str(error), param_hint=option) from error
 
 
 def _checkpoint_folder(model: str, load_format: str) -> Path:

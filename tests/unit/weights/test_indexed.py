@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.update_ranks import CPU, HOST, Rank, Weights, World, open_world, refusal
+from support.update_trainer import begin_join, wait_for_step
 from support.waiting import until
 from tpmodel.v1 import weights_pb2
 from tpmodel.v1 import worker_pb2 as pb
@@ -35,18 +36,12 @@ class IndexedTrainer:
 
     def __init__(self, ranks: list[Rank], deadline_seconds: float = 20.0) -> None:
         self.ranks = ranks
-        store = start_store(HOST)
-        join = pb.JoinUpdate(
-            master_address=HOST,
-            master_port=store.port,
-            group_size=1 + len(ranks),
+        store = begin_join(
+            ranks,
             timeout_seconds=20,
             deadline_seconds=deadline_seconds,
             transport=weights_pb2.UPDATE_TRANSPORT_INDEXED,
         )
-        for rank in ranks:
-            join.group_rank = 1 + rank.rank
-            rank.step(join=join)
         member = GroupMember(
             master_address=HOST,
             master_port=store.port,
@@ -65,11 +60,7 @@ class IndexedTrainer:
 
     def wait(self) -> list[str]:
         """Waits for the ranks' threads; their errors."""
-        until(self._done, "the ranks' threads are done")
-        return [rank.status.error for rank in self.ranks]
-
-    def _done(self) -> bool:
-        return all(rank.status.done and rank.status.step == self.steps for rank in self.ranks)
+        return wait_for_step(self.ranks, self.steps)
 
     def each(self, **step: object) -> None:
         for rank in self.ranks:
