@@ -58,8 +58,10 @@ class GlooCommunicator(Communicator):
         self._group: TorchGroup | None = group
         self._aborted = threading.Event()
         self._reason = ""
-        self._wake = threading.Event()
         self._unfinished: Work | None = None
+        # Gloo's thread lets go of a collective a moment after its end. Were its reference the last one, it would want
+        # the interpreter's lock for the tensors, which a thread may hold that takes the group apart and waits for it.
+        self._last: Work | None = None
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         if tensor.dtype not in _SUMMED_TYPES:
@@ -92,10 +94,9 @@ class GlooCommunicator(Communicator):
         self._finish("barrier", self._enter("barrier").barrier())
 
     def abort(self, reason: str) -> None:
-        """Releases the computing thread, and cuts the connections: what Gloo has in flight fails. Idempotent."""
+        """Cuts the connections: what Gloo has in flight fails, which releases the computing thread. Idempotent."""
         self._reason = self._reason or reason
         self._aborted.set()
-        self._wake.set()
         self._connections.cut()
 
     def close(self) -> None:
@@ -109,6 +110,7 @@ class GlooCommunicator(Communicator):
         while work is not None and not work.is_completed():
             time.sleep(_POLL_SECONDS)
         self._group = None
+        self._last = None
 
     def _enter(self, operation: str) -> TorchGroup:
         self._check_aborted(operation)
@@ -120,21 +122,20 @@ class GlooCommunicator(Communicator):
 
     def _finish(self, operation: str, work: Work | None) -> None:
         assert work is not None, "Gloo always gives the work back"
-        wake = self._wake = threading.Event()
         self._unfinished = work
-        work.get_future().add_done_callback(lambda _: wake.set())
-        # abort may have set the event of the collective before.
-        self._check_aborted(operation)
-        in_time = wake.wait(self._deadline_seconds)
+        # abort may have cut the connections before the collective began.
         self._check_aborted(operation)
         where = f"rank {self.rank}: {operation} of epoch {self._epoch}"
-        if not in_time:
-            raise CommunicatorError(f"{where} did not end within {self._deadline_seconds} s")
         try:
-            work.wait()
+            # Not by a callback: it would run the interpreter, and its collector of garbage, in Gloo's thread.
+            work.wait(timedelta(seconds=self._deadline_seconds))
         except RuntimeError as error:
+            self._check_aborted(operation)
+            if not work.is_completed():
+                raise CommunicatorError(f"{where} did not end within {self._deadline_seconds} s") from error
             raise CommunicatorError(f"{where}: {error}") from error
-        self._unfinished = None
+        self._check_aborted(operation)
+        self._unfinished, self._last = None, work
 
     def _check_aborted(self, operation: str) -> None:
         if self._aborted.is_set():
