@@ -60,16 +60,16 @@ async def test_world_is_taken_through_every_step_in_order(
     state = await until_phase(engine, worker_pb2.PHASE_SERVING)
     assert instance == engine.instance_id == gang[0].sessions[0].instance_id
     for rank in gang.ranks:
-        assert rank.names() == ["init", "nccl_sanity_check", "load_dense_shard", "clear_kv_cache"]
+        assert rank.names() == ["init", "nccl_sanity_check", "weight_update", "load_dense_shard", "clear_kv_cache"]
         assert {message.epoch for message in rank.requests} == {FIRST_EPOCH}
         init = rank.requests[0].init
         assert (init.rank, init.world_size, init.rendezvous) == (rank.rank, 2, "127.0.0.1:1")
         assert (init.instance_id, list(init.pods)) == (instance, ["local", "local"])
-        load = rank.requests[2].load_dense_shard
+        load = rank.requests[3].load_dense_shard
         assert load.safetensors_paths == [str(Path(settings.model_path) / "model.safetensors")]
         assert json.loads(load.config_json) == {"model_type": "qwen3"}
         assert (load.dtype, load.max_model_len, load.block_size) == ("float32", 256, 16)
-        assert rank.requests[3].clear_kv_cache.num_blocks == 40
+        assert rank.requests[4].clear_kv_cache.num_blocks == 40
     assert gang[0].requests[0].init.rendezvous_id == gang[1].requests[0].init.rendezvous_id
     assert (state.epoch, state.ready_ranks, state.kv_blocks_total, state.block_size) == (FIRST_EPOCH, 2, 40, 16)
     assert [(rank.state, rank.communicator, rank.device) for rank in state.ranks] == [("ready", "fake", "fake")] * 2
@@ -174,7 +174,7 @@ async def test_configuration_error_of_a_load_fails_for_good(
     assert "rank 1: " in state.cause
     assert "supported: qwen3" in state.cause
     for rank in gang.ranks:
-        assert rank.names() == ["init", "nccl_sanity_check", "load_dense_shard", "unload_model"]
+        assert rank.names() == ["init", "nccl_sanity_check", "weight_update", "load_dense_shard", "unload_model"]
         assert rank.aborts
 
 

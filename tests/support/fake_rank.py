@@ -173,6 +173,11 @@ async def _load(rank: FakeRank, session: FakeSession, request: worker_pb2.Sessio
     await session.send(request, load_dense_shard_ok=loaded)
 
 
+async def _find_weights(rank: FakeRank, session: FakeSession, request: worker_pb2.SessionRequest) -> None:
+    assert request.weight_update.HasField("find_persisted"), "the only step of an update that a fake rank takes"
+    await session.send(request, weight_update_ok=worker_pb2.WeightUpdateOk())
+
+
 async def _clear(rank: FakeRank, session: FakeSession, request: worker_pb2.SessionRequest) -> None:
     num_blocks = request.clear_kv_cache.num_blocks or rank.kv_blocks
     if rank.rank == 0:
@@ -213,6 +218,7 @@ async def run_plan(rank: FakeRank, session: FakeSession, request: worker_pb2.Ses
 HEALTHY: dict[str, Behaviour] = {
     "init": _init,
     "nccl_sanity_check": _sanity,
+    "weight_update": _find_weights,
     "load_dense_shard": _load,
     "clear_kv_cache": _clear,
     "unload_model": _unload,

@@ -138,6 +138,14 @@ class RankLink:
                     response.error = f"no {arena_id}"
                 else:
                     self.arenas[arena_id] = (self.arenas[arena_id][0], manifest)
+            case "move_arena":
+                move = request.move_arena
+                source = ArenaId.from_proto(move.arena)
+                descriptor, manifest = self.arenas.pop(source)
+                manifest.id.number = move.to
+                target = ArenaId.from_proto(manifest.id)
+                self._release(target)
+                self.arenas[target] = (descriptor, manifest)
             case "release_arena":
                 self._release(ArenaId.from_proto(request.release_arena.arena))
         return response, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -44,13 +45,16 @@ class Rank:
         rank: int,
         world_size: int,
         persisted: PersistedShard | None = None,
+        version: int | None = None,
     ) -> None:
+        """version: of the set in memory that the engine has chosen."""
         self.rank = rank
         self.checkpoint = checkpoint
+        self.arenas = arenas
+        self.world_size = world_size
         self.status = pb.WeightUpdateStatus()
         self.persisted = pb.PersistStatus()
-        with torch.inference_mode():
-            self.loaded: LoadedModel | None = self._load(arenas, rank, world_size, persisted)
+        self.loaded: LoadedModel | None = None
         self.updates = WeightUpdates(
             rank=rank,
             device=CPU,
@@ -60,6 +64,10 @@ class Rank:
             report=lambda status: setattr(self, "status", status),
             persister=Persister(rank, lambda status: setattr(self, "persisted", status)),
         )
+        with torch.inference_mode():
+            if version is not None:
+                self.updates.decide(pb.LoadDenseShardRequest(held_version=version))
+            self.loaded = self._load(arenas, rank, world_size, persisted)
 
     def _load(self, arenas: ArenaClient, rank: int, world_size: int, persisted: PersistedShard | None) -> LoadedModel:
         return load_model(
@@ -82,6 +90,26 @@ class Rank:
         """As the rank's shard does."""
         assert self.loaded is not None
         self.loaded = replace(self.loaded, arena=arena, digest=digest, weight_version=version)
+
+    def unload(self) -> int:
+        """As the rank's shard does."""
+        loaded, self.loaded = self.loaded, None
+        if loaded is None:
+            return 0
+        arena = loaded.arena
+        size = arena.size
+        del loaded
+        gc.collect()
+        arena.close()
+        self.arenas.release(arena.id)
+        return size
+
+    def load_again(self, version: int | None) -> None:
+        """A new world: what is in memory is kept, of two sets the one that the engine has chosen."""
+        self.updates.leave("the epoch ends")
+        with torch.inference_mode():
+            self.updates.decide(pb.LoadDenseShardRequest(held_version=version))
+            self.loaded = self.loaded or self._load(self.arenas, self.rank, self.world_size, None)
 
     def step(self, **step: object) -> pb.WeightUpdateOk:
         """Executes one step in the mode of the computing thread."""
@@ -113,11 +141,15 @@ class World:
             rank.updates.leave("the test is over")
 
     def ranks(self, world_size: int, **checkpoint: Any) -> list[Rank]:
-        """Loads the checkpoint, or maps what is held."""
+        """Loads the checkpoint, or maps what is held first."""
         path = self.folder / "checkpoint"
         if not path.exists():
             make_checkpoint(path, seed=1, **checkpoint)
         return [self._keep(Rank(path, self.arenas, rank, world_size)) for rank in range(world_size)]
+
+    def made_again(self, rank: Rank, version: int) -> Rank:
+        """A process in the place of one that has died, for a world that is to serve this version."""
+        return Rank(rank.checkpoint, self.arenas, rank.rank, rank.world_size, version=version)
 
     def rank(self, *, persisted: ShardFiles, version: int) -> Rank:
         """The only rank of its world, out of a file."""
@@ -134,6 +166,14 @@ class World:
         with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
             with ArenaClient(holder.path) as arenas:
                 return [Rank(path, arenas, rank, world_size).parameters() for rank in range(world_size)]
+
+    def sets(self, rank: int) -> dict[int, int]:
+        """Versions of the whole sets of weights that are held for a rank, by their number."""
+        return {
+            arena.number: manifest.weight_version
+            for arena, (_, manifest) in self.holder.arenas.items()
+            if (arena.rank, arena.kind) == (rank, "weights") and manifest.state == pb.ARENA_STATE_COMPLETE
+        }
 
     def manifest(self, rank: int) -> pb.ArenaManifest:
         return self.holder.arenas[ArenaId(rank, "weights", 0)][1]

@@ -98,7 +98,7 @@ class Trainer:
 
     def commit(self, version: int) -> None:
         for rank in self.ranks:
-            rank.step(prepare=pb.PrepareCommit())
+            rank.step(prepare=pb.PrepareCommit(version=version))
         for rank in self.ranks:
             rank.step(commit=pb.CommitUpdate(version=version))
         for rank in self.ranks:

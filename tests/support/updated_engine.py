@@ -28,6 +28,7 @@ from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.scheduler import Scheduler, SchedulerConfig
 from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.engine.weight_choice import choose_version
 from tpmodel_worker.engine.weight_errors import UpdateError
 from tpmodel_worker.engine.weight_updates import WeightUpdates
 from tpmodel_worker.rank.errors import RequestError
@@ -67,6 +68,9 @@ class RankPool:
             raise PoolError("weight_update", ranks=failures)
         return [answer for answer in answers if isinstance(answer, worker_pb2.SessionResponse)]
 
+    def fault(self, what: str, cause: Exception) -> None:
+        self.error = PoolError(what, engine=cause)
+
     async def statuses(self) -> list[worker_pb2.GetStatusResponse]:
         return [worker_pb2.GetStatusResponse(device="cpu", weight_update=rank.status) for rank in self.ranks]
 
@@ -103,8 +107,8 @@ class UpdatedEngine:
             metrics=metrics,
         )
         self.kv = None
-        committed = CommittedVersion("", [folder / "weights-version"])
-        self.updates = WeightUpdates(self, self.status, committed, metrics, None)
+        self.committed = CommittedVersion("", [folder / "weights-version"])
+        self.updates = WeightUpdates(self, self.status, self.committed, metrics, None)
         self.world = world
         self.before = [rank.parameters() for rank in self.ranks]
         self._store = start_store(HOST)
@@ -175,6 +179,25 @@ class UpdatedEngine:
         await self.init(shadow=shadow)
         await self.start()
         await self.send(weights)
+
+    def build_again(self) -> None:
+        """The next world, with the same processes: as the engine's builder does."""
+        find = worker_pb2.WeightUpdateRequest(find_persisted=worker_pb2.FindPersisted())
+        with torch.inference_mode():
+            found = [rank.updates.execute(find) for rank in self.ranks]
+        version = choose_version(found, known=max(self.status.state.weight_version, self.committed.read()))
+        for rank in self.ranks:
+            rank.load_again(version)
+        self.status.set_loaded_versions([rank.version for rank in self.ranks], self.committed.read())
+        before, self.rank_pool = self.rank_pool, RankPool(self.ranks)
+        self.rank_pool.epoch = before.epoch + 1
+        self.pool = cast("Pool", self.rank_pool)
+        assert self.loop is not None
+        self.updates.world_serves(self.loop)
+
+    def sets(self) -> list[dict[int, int]]:
+        """By rank: versions of the whole sets that its supervisor holds."""
+        return [self.world.sets(rank.rank) for rank in self.ranks]
 
     def lose_the_trainer(self) -> None:
         """Its store is gone; what else it had stays, as it would over NCCL."""

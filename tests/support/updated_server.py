@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -126,10 +127,19 @@ class StubContext:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, tp: int, *further: str, checkpoint: Path | None = None) -> Iterator[Served]:
-    """further: options of `tpmodel serve`. The folder may have been served from before."""
+def serve(
+    folder: Path,
+    tp: int,
+    *further: str,
+    checkpoint: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Served]:
+    """further: options of `tpmodel serve`. The folder may have been served from before.
+
+    environment: further variables of its processes.
+    """
     checkpoint = checkpoint or prepare_checkpoint(folder, tp)
-    with prepare(folder, tp, *further, checkpoint=checkpoint) as server:
+    with prepare(folder, tp, *further, checkpoint=checkpoint, environment=environment) as server:
         yield Served(server, TrainedModel(checkpoint), checkpoint, folder / TOKEN_FILE, ranks=tp)
 
 
@@ -141,15 +151,17 @@ def prepare_checkpoint(folder: Path, tp: int) -> Path:
     return checkpoint
 
 
-def prepare(folder: Path, tp: int, *further: str, checkpoint: Path) -> LocalServer:
+def prepare(
+    folder: Path, tp: int, *further: str, checkpoint: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> LocalServer:
     """The server, not started yet."""
     token_file = folder / TOKEN_FILE
     token_file.write_text(f"{TOKEN}\n")
     options = ["--dtype", "float32", "--kv-cache-memory", "8M", "--log-format", "text"]
     options += ["--trainer-token-file", str(token_file), *further]
     # Threads of torch's own that wait for each other are slow where processors are few.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(environment))
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
+    return LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(variables))
 
 
 class Stream:

@@ -82,6 +82,45 @@ async def test_a_prepare_that_fails_once_may_be_tried_again(engine: UpdatedEngin
     assert engine.updates.served.version == 1
 
 
+@pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
+async def test_a_rank_that_cannot_confirm_does_not_undo_what_all_have_committed(
+    engine: UpdatedEngine, shadow: bool
+) -> None:
+    """E46: the version is decided; the world ends, and the next one takes it up."""
+    await engine.up_to_finish(shadow=shadow, weights=engine.world.new_weights(5))
+    engine.rank_pool.before["confirm", 1] = fail
+    await engine.updates.finish(1)
+    served = engine.updates.served
+    assert (served.version, served.newest_version, served.reason) == (1, 1, "")
+    assert engine.rank_pool.error is not None
+    assert "version 1 was committed, but could not be taken up" in str(engine.rank_pool.error)
+    await engine.updates.abort("as a trainer does that leaves")
+    assert [rank.version for rank in engine.ranks] == [1, 1]
+    assert engine.committed.read() == 1
+    engine.build_again()
+    assert engine.sets() == [{0: 1}] * 2
+    assert [rank.version for rank in engine.ranks] == [1, 1]
+    await heal(engine, 2)
+
+
+async def test_a_commit_that_cannot_be_taken_back_ends_the_world_and_the_next_one_has_the_old_version(
+    engine: UpdatedEngine,
+) -> None:
+    """E46, U35: in shadow; a rank fails to commit, and another one to go back."""
+    engine.rank_pool.before["commit", 1] = fail
+    engine.rank_pool.before["abort", 0] = fail
+    with pytest.raises(UpdateError, match=r"version 1 was not committed: .*rank 1: .*No space left on device"):
+        await engine.update(1, shadow=True, weights=engine.world.new_weights(5))
+    assert engine.rank_pool.error is not None
+    assert [rank.version for rank in engine.ranks] == [1, 0]
+    served = engine.updates.served
+    assert (served.version, served.newest_version, served.reason) == (0, 0, "")
+    engine.build_again()
+    check_ended(engine, shadow=True)
+    assert engine.sets() == [{0: 0}] * 2
+    await heal(engine, 2)
+
+
 @pytest.mark.parametrize("step", ["prepare", "commit"])
 @pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
 async def test_a_trainer_that_dies_during_finish_does_not_stop_it(

@@ -162,6 +162,8 @@ async def test_a_rank_reads_but_does_not_change_what_is_anothers(link: Link) -> 
 
     assert "not rank 0's to change" in await link.error(pod_pb2.RankLinkRequest(update_manifest=update))
     assert "not rank 0's to change" in await link.error(pod_pb2.RankLinkRequest(release_arena=release))
+    move = pod_pb2.MoveArenaRequest(arena=release.arena, to=1)
+    assert "not rank 0's to change" in await link.error(pod_pb2.RankLinkRequest(move_arena=move))
     descriptor = memory()
     assert "not rank 0's to change" in await link.error(store(), (descriptor,))
     os.close(descriptor)
@@ -193,6 +195,16 @@ async def test_release_frees_the_arena(link: Link) -> None:
     release = pod_pb2.ReleaseArenaRequest(arena=manifest().id)
     assert await link.error(pod_pb2.RankLinkRequest(release_arena=release)) == ""
     assert link.memory.manifests == []
+
+
+async def test_a_moved_arena_has_the_other_number(link: Link) -> None:
+    """E46: nobody sees a moment at which the rank has no weights."""
+    await link.expect_self()
+    link.memory.store(manifest(), memory())
+    move = pod_pb2.MoveArenaRequest(arena=manifest().id, to=3)
+    assert await link.error(pod_pb2.RankLinkRequest(move_arena=move)) == ""
+    assert [held.id.number for held in link.memory.manifests] == [3]
+    assert "is not held here" in await link.error(pod_pb2.RankLinkRequest(move_arena=move))
 
 
 async def test_the_deadman_kills_through_the_process_that_was_forked(link: Link, tmp_path: Path) -> None:

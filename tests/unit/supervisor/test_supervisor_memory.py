@@ -104,6 +104,29 @@ def test_releasing_closes_and_tells_the_size(holder: MemoryHolder) -> None:
     assert holder.release(manifest().id) == 0
 
 
+def test_a_moved_arena_takes_the_place_of_the_one_that_had_its_number(holder: MemoryHolder) -> None:
+    """E46: the second set of weights, once it was decided on."""
+    first, second = memory(b"first"), memory(b"second", size=8192)
+    holder.store(manifest(), first)
+    holder.store(manifest(number=1, size=8192), second)
+
+    holder.move(manifest(number=1).id, 0)
+
+    assert not is_open(first)
+    assert holder.manifests == [manifest(size=8192)]
+    found = holder.fetch(manifest().id)
+    assert found is not None
+    assert os.pread(found[1], 6, 0) == b"second"
+
+
+def test_an_arena_that_is_not_there_is_not_moved(holder: MemoryHolder) -> None:
+    """What has the number stays."""
+    holder.store(manifest(), memory())
+    with pytest.raises(ArenaError, match="weights arena 1 of rank 0 is not held here"):
+        holder.move(manifest(number=1).id, 0)
+    assert holder.manifests == [manifest()]
+
+
 def test_manifests_come_in_order(holder: MemoryHolder) -> None:
     for rank, kind in ((1, "weights"), (0, "weights"), (0, "comm")):
         holder.store(manifest(rank, kind), memory())

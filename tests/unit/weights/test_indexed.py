@@ -86,7 +86,7 @@ class IndexedTrainer:
             self.sender.send(name, weights[name])
 
     def commit(self, version: int) -> None:
-        self.each(prepare=pb.PrepareCommit())
+        self.each(prepare=pb.PrepareCommit(version=version))
         self.each(commit=pb.CommitUpdate(version=version))
         self.each(confirm=pb.ConfirmCommit())
 

@@ -15,7 +15,6 @@ from support.waiting import until
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
-from tpmodel_worker.engine.persisted import newest_common
 from tpmodel_worker.loading.load import completed_manifest, digest_tensors
 from tpmodel_worker.loading.persisted import PersistedWeightsError, ShardFiles, WritingCancelledError
 from tpmodel_worker.loading.plan import plan_weights
@@ -150,23 +149,3 @@ class TestRanks:
 def world(tmp_path: Path) -> Iterator[World]:
     with open_world(tmp_path) as world:
         yield world
-
-
-@pytest.mark.parametrize(
-    ("ranks", "refused", "version"),
-    [
-        ([([3, 5], None), ([3, 5], None)], set(), 5),
-        ([([3, 5], None), ([3], None)], set(), 3),
-        ([([3, 5], None), ([3, 5], None)], {5}, 3),
-        ([([3, 5], None), ([], None)], set(), 0),
-        # What is in memory is not read from files.
-        ([([3], 5), ([3, 5], None)], set(), 5),
-        ([([5], 0), ([5], 0)], set(), 0),
-        ([([3, 5], 5), ([3], None)], set(), 0),
-    ],
-)
-def test_the_newest_version_that_all_ranks_can_have_is_loaded(
-    ranks: list[tuple[list[int], int | None]], refused: set[int], version: int
-) -> None:
-    found = [pb.WeightUpdateOk(persisted_versions=versions, held_version=held) for versions, held in ranks]
-    assert newest_common(found, refused) == version

@@ -96,6 +96,11 @@ class ArenaClient:
         request = pod_pb2.ReleaseArenaRequest(arena=arena_id.to_proto())
         self._call(pod_pb2.RankLinkRequest(release_arena=request))
 
+    def move(self, arena_id: ArenaId, number: int) -> None:
+        """Makes the supervisor hold an arena under another number; it lets go of the one that had it before."""
+        request = pod_pb2.MoveArenaRequest(arena=arena_id.to_proto(), to=number)
+        self._call(pod_pb2.RankLinkRequest(move_arena=request))
+
     def abort_started(self, epoch: int, deadline_seconds: float) -> None:
         """The rank leaves an epoch: unless abort_done follows within deadline_seconds it is to be killed."""
         request = pod_pb2.AbortStarted(epoch=epoch, deadline_seconds=deadline_seconds)

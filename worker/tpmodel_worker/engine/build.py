@@ -226,9 +226,8 @@ class WorldBuilder:
         try:
             if request.persist_folder:
                 self._committed.share(Path(request.persist_folder) / COMMITTED)
-                replies = await load_shards(pool, request, patience, on_progress=progress, first=not before)
-            else:
-                replies = await pool.control([request] * pool.world_size, patience, on_progress=progress)
+            known = max(self._status.state.weight_version, await asyncio.to_thread(self._committed.read))
+            replies = await load_shards(pool, request, patience, on_progress=progress, known=known, first=not before)
         except PoolError as error:
             if pool.error is None and not before:
                 await _drop_shards(pool)

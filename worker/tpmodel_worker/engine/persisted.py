@@ -1,4 +1,4 @@
-"""Committed weights in files: which a new world loads, and what becomes of them afterwards."""
+"""Committed weights, in memory and in files: how a new world loads them, and what becomes of the files afterwards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tpmodel_worker.engine.exchange import Patience, ProgressCallback
 from tpmodel_worker.engine.metrics import EngineMetrics
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.engine.weight_choice import choose_version, own_load
 from tpmodel_worker.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -59,23 +60,27 @@ async def load_shards(
     patience: Patience,
     *,
     on_progress: ProgressCallback,
+    known: int,
     first: bool,
 ) -> Sequence[worker_pb2.SessionResponse]:
-    """Makes every rank load, the newest version that all of them can have. Raises PoolError.
+    """Makes every rank load, the same version where all of them can have one. Raises PoolError.
 
     A version of which a rank's file turns out to be bad is refused, and the one before is tried; in the end the
-    checkpoint. Whether that may be served is another question. first: no rank has anything that another one needs.
+    checkpoint. Whether that may be served is another question.
+
+    Args:
+        pool: joined.
+        request: the same for all ranks.
+        patience: for each try.
+        on_progress: hears of bytes read.
+        known: the version that the gang is known to have committed last.
+        first: no rank has anything that another one needs.
     """
     refused: set[int] = set()
     while True:
         found = await _find(pool, request.persist_folder)
-        version = newest_common(found, refused)
-        requests: list[worker_pb2.LoadDenseShardRequest] = []
-        for reply in found:
-            own = worker_pb2.LoadDenseShardRequest()
-            own.CopyFrom(request)
-            own.persisted_version = 0 if reply.HasField("held_version") else version
-            requests.append(own)
+        version = choose_version(found, known=known, refused=refused)
+        requests = [own_load(request, reply, version) for reply in found]
         try:
             return await pool.control(requests, patience, on_progress=on_progress)
         except PoolError as error:
@@ -85,15 +90,6 @@ async def load_shards(
             refused.add(version)
             if first:
                 await _drop(pool)
-
-
-def newest_common(found: Sequence[worker_pb2.WeightUpdateOk], refused: set[int]) -> int:
-    """The highest version that every rank has in memory or, with nothing in memory, in its file; 0: there is none."""
-    common: set[int] | None = None
-    for reply in found:
-        own = {reply.held_version} if reply.HasField("held_version") else set(reply.persisted_versions) - refused
-        common = own if common is None else common & own
-    return max(common or (), default=0)
 
 
 async def _drop(pool: Pool) -> None:

@@ -10,6 +10,7 @@ import grpc
 
 from tpmodel.v1 import weights_pb2, worker_pb2
 from tpmodel_worker.engine.committed import CommittedVersion
+from tpmodel_worker.engine.errors import PoolError
 from tpmodel_worker.engine.loop import ServingLoop
 from tpmodel_worker.engine.status import EngineStatus
 from tpmodel_worker.engine.weight_errors import UpdateError
@@ -60,18 +61,26 @@ class Commit:
         await self._background.undisturbed(self._finish(loop, version))
 
     async def _finish(self, loop: ServingLoop, version: int) -> None:
+        pool = self._ranks.pool
         async with loop.between_plans():
-            await self._prepare(loop)
-            async with self._life.or_end("the engine ends"):
-                await self._commit(loop, version)
+            await self._prepare(loop, version)
+            try:
+                async with self._life.or_end("the engine ends"):
+                    await self._decide(version)
+            except UpdateError as error:
+                # In place a lost world may be found to have all of it.
+                sure = self._life.shadow or pool.error is None
+                what = "was not committed" if sure else "may not have been committed, GetVersion will tell"
+                raise UpdateError(error.code, f"version {version} {what}: {error}") from error
+            served = await self._take_up(loop, version)
         self._pause.end(loop)
+        what = "served" if served else "committed, and served by the next world"
         spent = self._times.finish()
-        fields = {"epoch": self._ranks.pool.epoch}
-        logger.info("weights of version %d are served; seconds: %s", version, spent, extra=fields)
+        logger.info("weights of version %d are %s; seconds: %s", version, what, spent, extra={"epoch": pool.epoch})
         await self._note(version)
 
-    async def _prepare(self, loop: ServingLoop) -> None:
-        prepare = worker_pb2.WeightUpdateRequest(prepare=worker_pb2.PrepareCommit())
+    async def _prepare(self, loop: ServingLoop, version: int) -> None:
+        prepare = worker_pb2.WeightUpdateRequest(prepare=worker_pb2.PrepareCommit(version=version))
         self._times.begin("digest")
         try:
             await self._ranks.control(lambda _rank: prepare)
@@ -82,23 +91,33 @@ class Commit:
                 self._pause.end(loop)
             raise
 
-    async def _commit(self, loop: ServingLoop, version: int) -> None:
+    async def _decide(self, version: int) -> None:
         commit = worker_pb2.WeightUpdateRequest(commit=worker_pb2.CommitUpdate(version=version))
-        self._life.touched = True
+        self._life.committing = True
         self._times.begin("commit")
         await self._ranks.control(lambda _rank: commit)
-        # Up to here a second arena's commit is taken back where another rank's fails.
-        self._times.begin("confirm")
+        # Every rank has taken it, and every supervisor holds it: whatever dies from here on, this is the version. Up to
+        # here a second set's commit is taken back, by the ranks or by those that are made again.
+        self._life.decided()
+        self._status.set_weight_version(version)
+
+    async def _take_up(self, loop: ServingLoop, version: int) -> bool:
+        """Gives the weights before back, and serves; False: this world cannot, the next one will."""
         confirm = worker_pb2.WeightUpdateRequest(confirm=worker_pb2.ConfirmCommit())
-        await self._ranks.control(lambda _rank: confirm)
-        self._times.begin("clear")
-        await self._ranks.pool.clear_kv_cache(0)
+        try:
+            self._times.begin("confirm")
+            await self._ranks.control(lambda _rank: confirm)
+            self._times.begin("clear")
+            await self._ranks.pool.clear_kv_cache(0)
+        except (UpdateError, PoolError) as error:
+            self._life.lose_world(f"version {version} was committed, but could not be taken up", error)
+            self._status.set_weights_condition("")
+            return False
         started = time.monotonic()
         loop.adopt_weights(version, on_first=lambda: self._first_step(version, time.monotonic() - started))
-        self._life.touched = self._life.complete = False
         self._life.stage = Stage.JOINED
-        self._status.set_weight_version(version)
         self._status.set_weights_condition("")
+        return True
 
     def _first_step(self, version: int, seconds: float) -> None:
         self._times.first_step(seconds)

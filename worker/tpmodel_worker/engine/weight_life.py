@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from tpmodel.v1 import weights_pb2, worker_pb2
 from tpmodel_worker.engine.errors import PoolError
@@ -51,7 +51,9 @@ class UpdateLife:
         self.stage = Stage.IDLE
         self.shadow = False
         self.touched = False
-        """The weights in use may not be those that were committed last."""
+        """In place: the weights in use may not be those that were committed last."""
+        self.committing = False
+        """Some ranks may have committed, others not."""
         self.complete = False
         """Transport indexed: every tensor of the set has come, and what is left to do needs no trainer."""
         self.deadline_seconds = _DEADLINE_SECONDS
@@ -79,7 +81,7 @@ class UpdateLife:
         self._leave_trainer()
         self._trainer, self.trainer_gone = trainer, False
         self._pool, self.stage = pool, Stage.IDLE
-        self.shadow, self.complete = shadow, False
+        self.shadow, self.complete, self.committing = shadow, False, False
         self.deadline_seconds = deadline_seconds or _DEADLINE_SECONDS
         self._background.start(self._outlive(trainer))
 
@@ -97,6 +99,17 @@ class UpdateLife:
         self._cancel_timers()
         self._leave_trainer()
 
+    def decided(self) -> None:
+        """Every rank has committed: that is the version, whatever happens."""
+        self.touched = self.complete = self.committing = False
+
+    def lose_world(self, what: str, error: Exception) -> None:
+        """The ranks cannot go on as they are; what they and their supervisors hold is sorted out by the next world."""
+        if self._pool is not None and self._pool.error is None:
+            self._pool.fault(what, error)
+        logger.warning("%s: %s", what, error)
+        self.forget()
+
     async def end(self, reason: str) -> None:
         """Every rank leaves the group; the gang serves what it can."""
         was, self.stage = self.stage, Stage.IDLE
@@ -107,7 +120,10 @@ class UpdateLife:
         if was is Stage.STARTED:
             logger.warning("the weight update was ended: %s", reason)
         if pool is not None and pool is self._world.pool and pool.error is None:
-            self.touched = not await self._abort_ranks(pool, reason) and self.touched
+            replies = await self._abort_ranks(pool, reason)
+            self.touched = self.touched and not self._is_whole(replies)
+            if not replies and self.shadow and self.committing:
+                pool.fault("a commit could not be taken back on every rank", RuntimeError(reason))
         if not self.touched:
             if loop is not None:
                 self._pause.end(loop)
@@ -117,18 +133,22 @@ class UpdateLife:
         if loop is not None:
             loop.fail_with(UNAVAILABLE, f"{WEIGHTS_INCOMPLETE}: {message}")
 
-    async def _abort_ranks(self, pool: Pool, reason: str) -> bool:
-        """Whether every rank has ended the update with the weights that are served, whole."""
+    async def _abort_ranks(self, pool: Pool, reason: str) -> Sequence[worker_pb2.WeightUpdateOk]:
+        """What the ranks answer; nothing where not every one of them has ended the update."""
         abort = worker_pb2.WeightUpdateRequest(abort=worker_pb2.AbortWeightUpdate(reason=reason))
         try:
-            replies = await self._ranks.control(lambda _rank: abort, pool)
+            return await self._ranks.control(lambda _rank: abort, pool)
         except UpdateError as error:
             logger.warning("not every rank has ended the update: %s", error)
-            return False
+            return ()
+
+    def _is_whole(self, replies: Sequence[worker_pb2.WeightUpdateOk]) -> bool:
+        """Whether every rank has the weights that are served."""
         if self._status.weights_condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST):
             return False
         served = self._status.state.weight_version
-        return all(reply.HasField("weight_version") and reply.weight_version == served for reply in replies)
+        held = [reply.weight_version if reply.HasField("weight_version") else None for reply in replies]
+        return bool(held) and all(version == served for version in held)
 
     def close(self) -> None:
         """The engine ends: no timer and no connection is left behind."""

@@ -61,6 +61,7 @@ class ModelRequests:
         self._status.update(state="loading")
         pods = epoch.init.pods
         try:
+            self._updates.decide(request.load_dense_shard)
             ok = self._shard.load(
                 request.load_dense_shard,
                 communicator,

@@ -69,6 +69,20 @@ class MemoryHolder:
             raise ArenaError(f"{arena} has {held.manifest.bytes} bytes; its new manifest says {manifest.bytes}")
         held.manifest = manifest
 
+    def move(self, arena: worker_pb2.ArenaId, number: int) -> None:
+        """Holds an arena under another number from now on, in the place of one that had it.
+
+        Raises:
+            ArenaError: the arena is not held.
+        """
+        source = read_id(arena)
+        held = self._arenas.pop(source, None)
+        if held is None:
+            raise ArenaError(f"{source} is not held here")
+        held.manifest.id.number = number
+        self.release(held.manifest.id)
+        self._arenas[read_id(held.manifest.id)] = held
+
     def release(self, arena: worker_pb2.ArenaId) -> int:
         """Closes the descriptor; how many bytes the arena has, 0 where it was not held."""
         held = self._arenas.pop(read_id(arena), None)

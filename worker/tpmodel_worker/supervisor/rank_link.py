@@ -206,6 +206,9 @@ class RankLinkServer:
             case "update_manifest":
                 _check_owner(peer, request.update_manifest.manifest.id)
                 self._memory.update(request.update_manifest.manifest)
+            case "move_arena":
+                _check_owner(peer, request.move_arena.arena)
+                self._memory.move(request.move_arena.arena, request.move_arena.to)
             case "release_arena":
                 _check_owner(peer, request.release_arena.arena)
                 self._memory.release(request.release_arena.arena)

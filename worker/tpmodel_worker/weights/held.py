@@ -1,4 +1,8 @@
-"""What a rank's supervisor holds of its weights, and says of them, before, during and after an update."""
+"""What a rank's supervisor holds of its weights, and says of them, before, during and after an update.
+
+In shadow it holds a second set from before the commit until the engine has decided which of the two is served: the
+death of this process, or of the engine, costs neither.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,18 @@ class Shard(Protocol):
         """Notes which arena holds the model's weights now, and what they are."""
         ...
 
+    def unload(self) -> int:
+        """Drops the model, here and at the supervisor; returns how many bytes that frees."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Replaced:
-    """What a commit of a second arena has replaced, and what it would take to have it back."""
+    """What a commit of a second set has replaced in the model, and what it would take to have it back."""
 
     plan: ArenaPlan
     arena: Arena
-    manifest: pb.ArenaManifest
+    version: int | None
     digest: int
 
 
@@ -46,32 +54,42 @@ class HeldWeights:
 
     def __init__(self, rank: int, arenas: ArenaClient, shard: Shard, persister: Persister) -> None:
         """persister: keeps what is committed in files."""
-        self._rank = rank
+        self._first = ArenaId(rank, "weights", 0)
+        self._second = ArenaId(rank, "weights", 1)
         self._arenas = arenas
         self._shard = shard
         self._persister = persister
         self._replaced: _Replaced | None = None
+
+    @property
+    def second(self) -> ArenaId:
+        """Names the memory that mode shadow fills."""
+        return self._second
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a second set was committed that may still be taken back."""
+        return self._replaced is not None
 
     def keep(self, folder: str) -> None:
         """A model was loaded: what it is made of is kept in the folder ("": nowhere), where it is no checkpoint."""
         self._persister.choose(folder)
         loaded = self._shard.loaded
         if loaded is not None and loaded.weight_version:
-            self._persister.keep(loaded.arena, self._manifest(loaded))
+            self._persister.keep(loaded.arena, self._manifest(loaded.arena))
 
     def find_persisted(self, folder: str, ok: pb.WeightUpdateOk) -> None:
         """Says which versions are in files, and which one is in memory."""
         files = self._persister.choose(folder)
         ok.persisted_versions.extend(files.versions() if files is not None else ())
         loaded = self._shard.loaded
-        if loaded is not None:
-            held = loaded.weight_version
-        else:
-            manifest = self._held_manifest(ArenaId(self._rank, "weights", 0))
-            complete = manifest is not None and manifest.state == pb.ARENA_STATE_COMPLETE
-            held = manifest.weight_version if manifest is not None and complete else None
+        kept = loaded is not None and loaded.arena.id == self._first
+        held = loaded.weight_version if loaded is not None and kept else self._whole_version(self._first)
         if held is not None:
             ok.held_version = held
+        second = self._whole_version(self._second)
+        if second is not None:
+            ok.second_version = second
 
     def prune(self, keep: int) -> None:
         """Removes older versions from the files."""
@@ -86,59 +104,95 @@ class HeldWeights:
         self._persister.cancel()
         if loaded.weight_version is None:
             return
-        manifest = self._manifest(loaded)
+        manifest = self._manifest(loaded.arena)
         manifest.state = pb.ARENA_STATE_UPDATING
         self._arenas.update_manifest(manifest)
         self._shard.replace_weights(arena=target.arena, digest=0, version=None)
 
-    def commit(
-        self, loaded: LoadedModel, target: WeightTarget, digests: dict[str, int], *, shadow: bool, version: int
-    ) -> None:
-        """The target's weights are the ones in use from now on, under this version.
+    def hold(self, loaded: LoadedModel, target: WeightTarget, digests: dict[str, int], version: int) -> None:
+        """A second set is whole: whoever takes this process' place finds it beside the one in use."""
+        manifest = self._manifest(loaded.arena)
+        self._arenas.store(target.arena, completed_manifest(manifest, target.arena, digests, version=version))
 
-        Until confirm, revert takes back what shadow has replaced.
-        """
-        manifest, arena = self._manifest(loaded), target.arena
+    def withdraw(self) -> None:
+        """A second set is given up, or about to change: nobody may find it any more. Idempotent."""
+        self._arenas.release(self._second)
+
+    def commit(self, loaded: LoadedModel, target: WeightTarget, digests: dict[str, int], version: int) -> None:
+        """In place: the target's weights are whole again, under this version."""
+        manifest = self._manifest(loaded.arena)
+        self._arenas.update_manifest(completed_manifest(manifest, target.arena, digests, version=version))
+        self._use(target.arena, digests, version)
+
+    def exchange(self, loaded: LoadedModel, target: WeightTarget, digests: dict[str, int], version: int) -> None:
+        """In shadow: the model has the set that is held as the second one. Until confirm, revert takes that back."""
         self._persister.cancel()
-        if shadow:
-            arena.id = loaded.arena.id
-        committed = completed_manifest(manifest, arena, digests, version=version)
-        digest = sum(digests.values()) % (1 << 64)
-        if shadow:
-            self._arenas.store(arena, committed)
-            self._replaced = _Replaced(target.plan, loaded.arena, manifest, loaded.digest)
-            bind_parameters(loaded.model, target.plan, arena)
-        else:
-            self._arenas.update_manifest(committed)
-        self._shard.replace_weights(arena=arena, digest=digest, version=version)
+        self._replaced = _Replaced(target.plan, loaded.arena, loaded.weight_version, loaded.digest)
+        bind_parameters(loaded.model, target.plan, target.arena)
+        self._use(target.arena, digests, version)
 
     def confirm(self) -> None:
         """Every rank has committed: the weights before are given back, those in use are kept in files."""
+        self._give_back_replaced()
+        loaded = self._shard.loaded
+        if loaded is not None:
+            self._persister.keep(loaded.arena, self._manifest(loaded.arena))
+
+    def revert(self) -> None:
+        """The update is taken back: of two sets the first is in use, and the only one. Idempotent."""
+        replaced, loaded = self._replaced, self._shard.loaded
+        if replaced is not None and loaded is not None:
+            committed = loaded.arena
+            bind_parameters(loaded.model, replaced.plan, replaced.arena)
+            self._shard.replace_weights(arena=replaced.arena, digest=replaced.digest, version=replaced.version)
+            self._replaced = None
+            _give_back(committed)
+            self._persister.keep(replaced.arena, self._manifest(replaced.arena))
+        self.withdraw()
+
+    def decide(self, version: int | None) -> None:
+        """A world is being built, and the engine has chosen: of two sets only that one stays. Idempotent.
+
+        version: None, and one that is not here: the first. What it is worth is for load_model to check.
+        """
+        loaded = self._shard.loaded
+        if self._replaced is not None and loaded is not None and loaded.weight_version == version:
+            self._give_back_replaced()
+        elif self._replaced is None and version is not None and self._is_only_second(version):
+            # load_model maps and checks it, whether this process had a model or not.
+            self._persister.cancel()
+            self._shard.unload()
+            self._arenas.move(self._second, self._first.number)
+        else:
+            self.revert()
+
+    def drop(self) -> None:
+        """The model is about to go, and with it every set."""
         replaced, self._replaced = self._replaced, None
         if replaced is not None:
             _give_back(replaced.arena)
-        loaded = self._shard.loaded
-        if loaded is not None:
-            self._persister.keep(loaded.arena, self._manifest(loaded))
+            self._arenas.release(self._first)
+        self.withdraw()
 
-    def revert(self) -> None:
-        """Another rank could not commit: the weights before are in use again, if still there. Idempotent."""
+    def _is_only_second(self, version: int) -> bool:
+        return self._whole_version(self._second) == version != self._whole_version(self._first)
+
+    def _use(self, arena: Arena, digests: dict[str, int], version: int) -> None:
+        self._shard.replace_weights(arena=arena, digest=sum(digests.values()) % (1 << 64), version=version)
+
+    def _give_back_replaced(self) -> None:
         replaced, loaded = self._replaced, self._shard.loaded
         if replaced is None or loaded is None:
             return
-        before, committed = replaced.arena, loaded.arena
-        self._arenas.store(before, replaced.manifest)
-        bind_parameters(loaded.model, replaced.plan, before)
-        self._shard.replace_weights(arena=before, digest=replaced.digest, version=replaced.manifest.weight_version)
+        self._arenas.move(self._second, self._first.number)
+        loaded.arena.id = self._first
         self._replaced = None
-        _give_back(committed)
-        self._persister.keep(before, replaced.manifest)
+        _give_back(replaced.arena)
 
-    def settle(self) -> None:
-        """Nobody is left to confirm or take back: what was committed stays. Idempotent."""
-        replaced, self._replaced = self._replaced, None
-        if replaced is not None:
-            _give_back(replaced.arena)
+    def _whole_version(self, arena_id: ArenaId) -> int | None:
+        manifest = self._held_manifest(arena_id)
+        whole = manifest is not None and manifest.state == pb.ARENA_STATE_COMPLETE
+        return manifest.weight_version if manifest is not None and whole else None
 
     def _held_manifest(self, arena_id: ArenaId) -> pb.ArenaManifest | None:
         held = self._arenas.fetch(arena_id)
@@ -148,10 +202,10 @@ class HeldWeights:
         os.close(descriptor)
         return manifest
 
-    def _manifest(self, loaded: LoadedModel) -> pb.ArenaManifest:
-        manifest = self._held_manifest(loaded.arena.id)
+    def _manifest(self, arena: Arena) -> pb.ArenaManifest:
+        manifest = self._held_manifest(arena.id)
         if manifest is None:
-            raise ArenaError(f"{loaded.arena.id} is not held by the supervisor any more")
+            raise ArenaError(f"{arena.id} is not held by the supervisor any more")
         return manifest
 
 

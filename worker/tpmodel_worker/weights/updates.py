@@ -2,19 +2,20 @@
 
 In place, the arena in use is overwritten: its manifest says `updating` from before the first byte to the
 commit, and nothing may run on it meanwhile (the engine sees to that, `whole` tells). In shadow, a second arena
-is filled while the first is in use; the commit exchanges them.
+is filled while the first is in use. Once it is whole the supervisor holds both (see held.py); the commit exchanges
+them in the model.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
 from tpmodel.v1 import weights_pb2
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
-from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.loading.load import LoadedModel, digest_tensors
 from tpmodel_worker.loading.plan import ArenaPlan, plan_weights
@@ -31,6 +32,14 @@ from tpmodel_worker.weights.target import WeightTarget, check_tensors, describe_
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A full set, by tensor, and the version that it is to have."""
+
+    digests: dict[str, int]
+    version: int
+
+
 class _Update:
     """What begins with begin and ends with commit or abort."""
 
@@ -39,7 +48,7 @@ class _Update:
         self.shadow = shadow
         self.checked: weights_pb2.UpdateRequest | None = None
         self.received: set[str] = set()
-        self.digests: dict[str, int] | None = None
+        self.prepared: _Prepared | None = None
 
 
 class WeightUpdates:
@@ -60,7 +69,6 @@ class WeightUpdates:
 
         persister: keeps what is committed in files.
         """
-        self._rank = rank
         self._device = device
         self._shard = shard
         self._member = Membership(device=device, address=address, report=report)
@@ -100,7 +108,7 @@ class WeightUpdates:
             case "receive":
                 self._receive(loaded, request.receive)
             case "prepare":
-                ok.digest = self._prepare()
+                ok.digest = self._prepare(loaded, request.prepare.version)
             case "commit":
                 self._commit(loaded, request.commit.version)
             case "confirm":
@@ -120,24 +128,31 @@ class WeightUpdates:
         """A model was loaded: what it is made of is kept in the folder ("": nowhere), where it is no checkpoint."""
         self._held.keep(folder)
 
+    def decide(self, request: pb.LoadDenseShardRequest) -> None:
+        """A model is about to be loaded: of two sets of weights the one that the engine has chosen stays."""
+        self._held.decide(request.held_version if request.HasField("held_version") else None)
+
     def unload(self) -> None:
         """The model is about to be dropped, and with it whatever is under way."""
         self._held.stop_writing()
         self.leave("the model is unloaded")
+        self._held.drop()
 
     def abort_group(self, reason: str) -> None:
         """Releases the background thread from the trainer's group. From any thread; idempotent."""
         self._member.abort(reason)
 
     def leave(self, reason: str) -> None:
-        """The epoch ends, and with it the group and whatever was under way."""
+        """The epoch ends, and with it the group and whatever was under way.
+
+        Which of two whole sets is served next is for the engine to decide: both are kept up to then.
+        """
         try:
             self._member.end(reason)
         except RequestError:
             # The supervisor's deadline for leaving an epoch ends the process.
             _logger.exception("the weight update holds up the end of the epoch")
         self._drop_update()
-        self._held.settle()
 
     # ------------------------------------------------------------------------------------ the steps
 
@@ -145,7 +160,6 @@ class WeightUpdates:
         if self._update is not None:
             raise out_of_order("join", "an update is under way: finish or abort it first")
         self._receivers.forget()
-        self._held.settle()
         self._member.join(join)
 
     def _await_index(self, request: pb.AwaitIndex) -> None:
@@ -168,13 +182,14 @@ class WeightUpdates:
         self._member.group_for("begin")
         if self._update is not None:
             raise out_of_order("begin", "an update is under way: finish or abort it first")
-        self._held.settle()
+        if self._held.undecided:
+            raise out_of_order("begin", "a commit was neither confirmed nor aborted")
         plan = plan_weights(loaded.model)
         arena = loaded.arena
         if shadow:
             if not self.whole:
                 raise out_of_order("begin", "the weights are incomplete: only an update in place can heal them")
-            arena = Arena.create(ArenaId(self._rank, "weights", 1), plan.size, self._device)
+            arena = Arena.create(self._held.second, plan.size, self._device)
             if self._device.type == "cuda":
                 arena.bytes.zero_()  # padding rows have to be zero, as new host memory is
         self._update = _Update(WeightTarget(plan, arena), shadow=shadow)
@@ -206,7 +221,9 @@ class WeightUpdates:
         update = self._update_for("receive")
         if update.checked != receive.update:
             raise out_of_order("receive", "these tensors were not checked before")
-        update.checked, update.digests = None, None
+        update.checked, prepared, update.prepared = None, update.prepared, None
+        if prepared is not None and update.shadow:
+            self._held.withdraw()
         tensors = read_update(receive.update)
         total, receiving = self._receivers.receiving(tensors, receive.update)
         if not update.shadow:
@@ -222,20 +239,26 @@ class WeightUpdates:
 
         self._member.start(job, step=receive.step, total_bytes=total)
 
-    def _prepare(self) -> int:
+    def _prepare(self, loaded: LoadedModel, version: int) -> int:
         update = self._update_for("prepare")
         missing = missing_tensors(update.target.plan, update.received)
         if missing:
             raise out_of_order("prepare", f"{len(missing)} tensors of the set have not come, the first is {missing[0]}")
-        update.digests = digest_tensors(update.target.plan, update.target.arena, lambda *_: None)
-        return sum(update.digests.values()) % (1 << 64)
+        digests = digest_tensors(update.target.plan, update.target.arena, lambda *_: None)
+        if update.shadow:
+            self._held.hold(loaded, update.target, digests, version)
+        update.prepared = _Prepared(digests, version)
+        return sum(digests.values()) % (1 << 64)
 
     def _commit(self, loaded: LoadedModel, version: int) -> None:
         update = self._update_for("commit")
-        digests = update.digests
-        if digests is None:
+        prepared = update.prepared
+        if prepared is None:
             raise out_of_order("commit", "the set was not prepared")
-        self._held.commit(loaded, update.target, digests, shadow=update.shadow, version=version)
+        if prepared.version != version:
+            raise out_of_order("commit", f"version {version}: the set was prepared as version {prepared.version}")
+        commit = self._held.exchange if update.shadow else self._held.commit
+        commit(loaded, update.target, prepared.digests, version)
         self._update = None
 
     def _abort(self, reason: str) -> None:
