@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
@@ -122,11 +123,16 @@ class TestReplies:
             )
             group = join_update_group(member, key=update_group_key(TOKEN, HOST, store.port))
             replies = [described, joining.result()]
-            start = pb.StartUpdateRequest(running=pb.RUNNING_REQUESTS_KEEP)
+            session = joining.result().session
+            with pytest.raises(grpc.RpcError, match="this call is due when it is started"):
+                stub.FinishUpdate(pb.FinishUpdateRequest(version=before + 1, session=session), **authorization)
+            start = pb.StartUpdateRequest(running=pb.RUNNING_REQUESTS_KEEP, session=session)
             replies.append(stub.StartUpdate(start, **authorization))
             assert [reply.served.version for reply in replies] == [before] * 3
             infos = [describe(name, tensor) for name, tensor in weights.items()]
-            updating = stub.Update(write_update(infos, packed=False, buffer_size=0, buffer_count=0), **authorization)
+            request = write_update(infos, packed=False, buffer_size=0, buffer_count=0)
+            request.session = session
+            updating = stub.Update(request, **authorization)
             first = next(updating)
             with torch.no_grad():
                 Broadcaster(group, infos, buffer_size=0, buffer_count=1).send(weights.__getitem__, lambda _: None, 30)
@@ -134,8 +140,8 @@ class TestReplies:
             assert not any(reply.served.HasField("version") for reply in during)
             assert {reply.served.newest_version for reply in during} == {before}
             version = served.next_version()
-            finish = stub.FinishUpdate(pb.FinishUpdateRequest(version=version), **authorization)
-            abort = stub.AbortUpdate(pb.AbortUpdateRequest(reason="done"), **authorization)
+            finish = stub.FinishUpdate(pb.FinishUpdateRequest(version=version, session=session), **authorization)
+            abort = stub.AbortUpdate(pb.AbortUpdateRequest(reason="done", session=session), **authorization)
             group.abort("done")
             group.close()
         assert [reply.served.version for reply in (finish, abort)] == [version, version]

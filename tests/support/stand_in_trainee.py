@@ -42,6 +42,8 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
         self._address = address
         self._group: Communicator | None = None
         self._started = False
+        self._session = ""
+        self._joined = 0
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(8))
         weights_pb2_grpc.add_WeightServiceServicer_to_server(self, self._server)
@@ -87,10 +89,12 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
         self._group = join_update_group(
             member, key=update_group_key(self._token, request.master_address, request.master_port)
         )
-        return pb.InitUpdateResponse()
+        self._joined += 1
+        self._session = f"session {self._joined}"
+        return pb.InitUpdateResponse(session=self._session)
 
     def StartUpdate(self, request: Any, context: grpc.ServicerContext) -> pb.StartUpdateResponse:  # noqa: N802
-        self._step("start", context)
+        self._step("start", context, request)
         if self._group is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this call is due when it is initialised")
         self._started = True
@@ -101,7 +105,7 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
         raise AssertionError("the call was ended")
 
     def Update(self, request: pb.UpdateRequest, context: grpc.ServicerContext) -> Iterator[pb.UpdateResponse]:  # noqa: N802
-        self._step("update", context)
+        self._step("update", context, request)
         group = self._group
         assert group is not None
         self.version = None
@@ -114,13 +118,13 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
         yield pb.UpdateResponse(stage=pb.UpdateResponse.STAGE_RECEIVED)
 
     def FinishUpdate(self, request: pb.FinishUpdateRequest, context: grpc.ServicerContext) -> pb.FinishUpdateResponse:  # noqa: N802
-        self._step("finish", context)
+        self._step("finish", context, request)
         self._started = False
         self.version = self.newest = request.version
         return pb.FinishUpdateResponse()
 
     def AbortUpdate(self, request: Any, context: grpc.ServicerContext) -> pb.AbortUpdateResponse:  # noqa: N802
-        self._step("abort", context)
+        self._step("abort", context, request)
         self.lose_world()
         return pb.AbortUpdateResponse()
 
@@ -130,7 +134,10 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         self.weights[name] = tensor.clone()
 
-    def _step(self, name: str, context: grpc.ServicerContext) -> None:
+    def _step(self, name: str, context: grpc.ServicerContext, request: Any = None) -> None:
+        """request: one that has to carry the session, where anybody has joined."""
+        if request is not None and self._session and request.session != self._session:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another trainer has taken this gang over")
         with self._lock:
             self.steps.append(name)
             fails, self.fails_at = self.fails_at == name, "" if self.fails_at == name else self.fails_at

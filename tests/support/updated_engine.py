@@ -113,6 +113,7 @@ class UpdatedEngine:
         self.before = [rank.parameters() for rank in self.ranks]
         self._store = start_store(HOST)
         self._group: Communicator | None = None
+        self.session = ""
 
     async def init(self, *, shadow: bool, deadline_seconds: float = 10.0) -> None:
         self._leave()
@@ -138,7 +139,7 @@ class UpdatedEngine:
         )
         joining = asyncio.ensure_future(asyncio.to_thread(join_update_group, member, key=KEY))
         try:
-            await self.updates.init(request, KEY)
+            self.session = await self.updates.init(request, KEY)
         except UpdateError:
             # It has nobody to join, and says so.
             await asyncio.wait({joining})
@@ -147,13 +148,22 @@ class UpdatedEngine:
         self._group = await joining
 
     async def start(self) -> None:
-        await self.updates.start(weights_pb2.RUNNING_REQUESTS_KEEP)
+        await self.updates.start(weights_pb2.RUNNING_REQUESTS_KEEP, self.session)
+
+    async def finish(self, version: int) -> list[weights_pb2.UpdatePhase]:
+        """A FinishUpdate call."""
+        return await self.updates.finish(version, self.session)
+
+    async def abort(self, reason: str) -> None:
+        """An AbortUpdate call."""
+        await self.updates.abort(reason, self.session)
 
     async def send(self, weights: Mapping[str, torch.Tensor]) -> None:
         """A whole Update call."""
         assert self._group is not None
         infos = [describe(name, tensor) for name, tensor in weights.items()]
         request = write_update(infos, packed=True, buffer_size=20_000, buffer_count=2)
+        request.session = self.session
         sender = Broadcaster(self._group, infos, buffer_size=20_000, buffer_count=2)
         sending: asyncio.Future[None] | None = None
         async for response in self.updates.update(request):
@@ -166,13 +176,15 @@ class UpdatedEngine:
     async def receive(self, weights: Mapping[str, torch.Tensor], *, then: Hook = lambda: None) -> None:
         """An Update call for which nothing is sent; then: called once the ranks wait."""
         infos = [describe(name, tensor) for name, tensor in weights.items()]
-        async for _ in self.updates.update(write_update(infos, packed=True, buffer_size=20_000, buffer_count=2)):
+        request = write_update(infos, packed=True, buffer_size=20_000, buffer_count=2)
+        request.session = self.session
+        async for _ in self.updates.update(request):
             then()
 
     async def update(self, version: int, *, shadow: bool, weights: Mapping[str, torch.Tensor]) -> None:
         """A whole one."""
         await self.up_to_finish(shadow=shadow, weights=weights)
-        await self.updates.finish(version)
+        await self.finish(version)
 
     async def up_to_finish(self, *, shadow: bool, weights: Mapping[str, torch.Tensor]) -> None:
         """Everything but the end of an update."""

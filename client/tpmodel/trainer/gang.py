@@ -29,6 +29,7 @@ class Gang:
         self.device = ""
         self.world_size = 0
         self.parameters: dict[str, pb.ParameterInfo] = {}
+        self._session = ""
 
     def describe(self) -> None:
         """Asks what the gang's model is made of."""
@@ -38,19 +39,22 @@ class Gang:
 
     def init(self, request: pb.InitUpdateRequest, seconds: float) -> None:
         """Returns when all ranks have joined the trainer's group."""
-        self._call(self._stub.InitUpdate, request, seconds)
+        self._session = self._call(self._stub.InitUpdate, request, seconds).session
 
     def start(self, running: pb.RunningRequests.ValueType, seconds: float) -> None:
         """Returns when generation is paused."""
-        self._call(self._stub.StartUpdate, pb.StartUpdateRequest(running=running), seconds)
+        request = pb.StartUpdateRequest(running=running, session=self._session)
+        self._call(self._stub.StartUpdate, request, seconds)
 
     def finish(self, version: int) -> None:
         """Returns when the new weights are served."""
-        self._call(self._stub.FinishUpdate, pb.FinishUpdateRequest(version=version), 4 * _CALL_SECONDS)
+        request = pb.FinishUpdateRequest(version=version, session=self._session)
+        self._call(self._stub.FinishUpdate, request, 4 * _CALL_SECONDS)
 
     def abort(self, reason: str) -> None:
         """Returns when the update is over."""
-        self._call(self._stub.AbortUpdate, pb.AbortUpdateRequest(reason=reason), _CALL_SECONDS)
+        request = pb.AbortUpdateRequest(reason=reason, session=self._session)
+        self._call(self._stub.AbortUpdate, request, _CALL_SECONDS)
 
     def version(self) -> int | None:
         """The version being served; None: the gang serves nothing, for want of whole weights."""
@@ -67,7 +71,10 @@ class Gang:
 
     def update(self, request: pb.UpdateRequest, on_failure: Callable[[str], None]) -> UpdateCall:
         """Begins a call that goes on while the tensors are sent."""
-        return UpdateCall(self, self._stub.Update(request, metadata=self._metadata), on_failure)
+        own = pb.UpdateRequest()
+        own.CopyFrom(request)
+        own.session = self._session
+        return UpdateCall(self, self._stub.Update(own, metadata=self._metadata), on_failure)
 
     def check(self, tensor: TensorInfo) -> None:
         """Raises ValueError unless the model has a tensor of that name and shape."""

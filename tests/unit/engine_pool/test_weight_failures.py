@@ -14,6 +14,7 @@ import pytest
 
 from support.update_ranks import World, open_world
 from support.updated_engine import Gate, UpdatedEngine
+from tpmodel.v1 import weights_pb2
 from tpmodel_worker.engine.weight_errors import UpdateError
 
 
@@ -63,10 +64,23 @@ async def test_an_exception_on_one_rank_leaves_no_half_set(engine: UpdatedEngine
     weights = engine.world.new_weights(5)
     with pytest.raises(UpdateError, match=r"rank 1: internal: .*No space left on device"):
         await engine.update(1, shadow=shadow, weights=weights)
-    await engine.updates.abort("as the trainer's side does after every failure")
+    await engine.abort("as the trainer's side does after every failure")
     # In place the set is broken off once bytes may have moved.
     check_ended(engine, shadow=shadow, touched=step in ("receive", "prepare", "commit"))
     await heal(engine, 2)
+
+
+async def test_the_ranks_check_for_themselves_what_a_trainer_announces(engine: UpdatedEngine) -> None:
+    """E36, E41: nothing moves, and the next call may be right."""
+    await engine.init(shadow=False)
+    await engine.start()
+    with pytest.raises(UpdateError, match=r"1 names, 0 dtypes and 0 shapes") as caught:
+        await anext(engine.updates.update(weights_pb2.UpdateRequest(names=["a"], session=engine.session)))
+    assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert engine.unchanged()
+    await engine.send(engine.world.new_weights(5))
+    await engine.finish(1)
+    assert engine.updates.served.version == 1
 
 
 @pytest.mark.parametrize("shadow", [False, True], ids=["in_place", "shadow"])
@@ -75,10 +89,10 @@ async def test_a_prepare_that_fails_once_may_be_tried_again(engine: UpdatedEngin
     await engine.up_to_finish(shadow=shadow, weights=engine.world.new_weights(5))
     engine.rank_pool.before["prepare", 0] = fail
     with pytest.raises(UpdateError):
-        await engine.updates.finish(1)
+        await engine.finish(1)
     assert [rank.version for rank in engine.ranks] == ([0, 0] if shadow else [None, None])
     engine.rank_pool.before.clear()
-    await engine.updates.finish(1)
+    await engine.finish(1)
     assert engine.updates.served.version == 1
 
 
@@ -89,12 +103,12 @@ async def test_a_rank_that_cannot_confirm_does_not_undo_what_all_have_committed(
     """E46: the version is decided; the world ends, and the next one takes it up."""
     await engine.up_to_finish(shadow=shadow, weights=engine.world.new_weights(5))
     engine.rank_pool.before["confirm", 1] = fail
-    await engine.updates.finish(1)
+    await engine.finish(1)
     served = engine.updates.served
     assert (served.version, served.newest_version, served.reason) == (1, 1, "")
     assert engine.rank_pool.error is not None
     assert "version 1 was committed, but could not be taken up" in str(engine.rank_pool.error)
-    await engine.updates.abort("as a trainer does that leaves")
+    await engine.abort("as a trainer does that leaves")
     assert [rank.version for rank in engine.ranks] == [1, 1]
     assert engine.committed.read() == 1
     engine.build_again()
@@ -131,7 +145,7 @@ async def test_a_trainer_that_dies_during_finish_does_not_stop_it(
     engine.rank_pool.before[step, 1] = gate
     await engine.up_to_finish(shadow=shadow, weights=engine.world.new_weights(5))
     with gate.closed():
-        finishing = asyncio.ensure_future(engine.updates.finish(1))
+        finishing = asyncio.ensure_future(engine.finish(1))
         assert await asyncio.to_thread(gate.reached.wait, 30)
         engine.lose_the_trainer()
         finishing.cancel()
@@ -205,11 +219,71 @@ async def test_a_trainer_that_hangs_within_update_is_waited_for_up_to_the_deadli
 
 async def test_the_time_of_an_update_is_told_by_its_parts(engine: UpdatedEngine) -> None:
     await engine.up_to_finish(shadow=False, weights=engine.world.new_weights(5))
-    phases = await engine.updates.finish(1)
+    phases = await engine.finish(1)
     assert [phase.name for phase in phases] == [
         "pause", "begin", "trainer", "check", "prepare_receiving", "receive", "digest", "commit", "confirm", "clear",
     ]  # fmt: skip
     assert all(phase.seconds >= 0 for phase in phases)
+
+
+class TestSessions:
+    """One trainer at a time: calls of one that another has taken the gang over from change nothing."""
+
+    async def test_calls_of_a_displaced_trainer_are_refused_and_say_why(self, engine: UpdatedEngine) -> None:
+        """E45: at every step of the other one's update, which goes on."""
+        await engine.init(shadow=False)
+        stale = engine.session
+        await engine.init(shadow=False)
+        assert engine.session != stale
+        await self.check_refused(engine, stale)
+        await engine.start()
+        await self.check_refused(engine, stale)
+        await engine.send(engine.world.new_weights(5))
+        await self.check_refused(engine, stale)
+        await engine.finish(1)
+        await self.check_refused(engine, stale)
+        assert engine.updates.served.version == 1
+        assert [rank.version for rank in engine.ranks] == [1, 1]
+
+    async def check_refused(self, engine: UpdatedEngine, session: str) -> None:
+        updates = engine.updates
+        for call in (
+            updates.start(weights_pb2.RUNNING_REQUESTS_KEEP, session),
+            anext(updates.update(weights_pb2.UpdateRequest(session=session))),
+            updates.await_update(weights_pb2.AwaitUpdateRequest(session=session)),
+            updates.finish(9, session),
+            updates.abort("it goes", session),
+        ):
+            with pytest.raises(UpdateError, match="another trainer has taken this gang over: join again") as caught:
+                await call
+            assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
+
+    async def test_a_displaced_trainer_does_not_wait_for_the_other_ones_call(self, engine: UpdatedEngine) -> None:
+        await engine.init(shadow=False)
+        stale = engine.session
+        await engine.init(shadow=False)
+        gate = Gate()
+        engine.rank_pool.before["begin", 1] = gate
+        with gate.closed():
+            starting = asyncio.ensure_future(engine.start())
+            assert await asyncio.to_thread(gate.reached.wait, 30)
+            with pytest.raises(UpdateError, match="another trainer has taken this gang over"):
+                await engine.updates.abort("it goes", stale)
+        await starting
+
+    async def test_a_call_without_a_session_is_refused_with_what_to_do(self, engine: UpdatedEngine) -> None:
+        await engine.init(shadow=False)
+        with pytest.raises(UpdateError, match="session is empty: InitUpdate answers with the one") as caught:
+            await engine.updates.start(weights_pb2.RUNNING_REQUESTS_KEEP, "")
+        assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+        await engine.start()
+
+    async def test_a_trainer_that_could_not_join_has_no_hold_on_the_gang(self, engine: UpdatedEngine) -> None:
+        """Another one joins as if it had not been."""
+        engine.rank_pool.before["join", 1] = fail
+        with pytest.raises(UpdateError):
+            await engine.init(shadow=False)
+        await heal(engine, 1)
 
 
 async def ended(engine: UpdatedEngine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Sequence
 
 from tpmodel.v1 import weights_pb2, worker_pb2
@@ -16,7 +17,7 @@ from tpmodel_worker.engine.trainer_link import TrainerLink
 from tpmodel_worker.engine.weight_errors import UpdateError, failure_of
 from tpmodel_worker.engine.weight_pause import Pause
 from tpmodel_worker.engine.weight_ranks import Background, UpdateRanks
-from tpmodel_worker.engine.weight_stages import Stage, Turns, check_due
+from tpmodel_worker.engine.weight_stages import Stage, Turns, check_due, check_session
 from tpmodel_worker.engine.weight_timers import SilenceTimer
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class UpdateLife:
         self._silence = SilenceTimer(self._on_silence)
         self._pool: Pool | None = None
         self._trainer: TrainerLink | None = None
+        self._session = ""
         self.stage = Stage.IDLE
         self.shadow = False
         self.touched = False
@@ -76,14 +78,16 @@ class UpdateLife:
             served.version = self._status.state.weight_version
         return served
 
-    def begin(self, pool: Pool, trainer: TrainerLink, *, shadow: bool, deadline_seconds: float) -> None:
-        """The ranks are about to join. deadline_seconds: 0: the usual one."""
+    def begin(self, pool: Pool, trainer: TrainerLink, *, shadow: bool, deadline_seconds: float) -> str:
+        """The ranks are about to join. deadline_seconds: 0: the usual one. Returns the session, the only one now."""
         self._leave_trainer()
+        self._session = secrets.token_hex(8)
         self._trainer, self.trainer_gone = trainer, False
         self._pool, self.stage = pool, Stage.IDLE
         self.shadow, self.complete, self.committing = shadow, False, False
         self.deadline_seconds = deadline_seconds or _DEADLINE_SECONDS
         self._background.start(self._outlive(trainer))
+        return self._session
 
     def follow(self, step: int, seconds: float, *, progress_counts: bool = False) -> AsyncIterator[tuple[int, int]]:
         """As UpdateRanks.follow; it ends as well when the trainer does, whether the ranks notice that or not."""
@@ -95,7 +99,7 @@ class UpdateLife:
 
     def forget(self) -> None:
         """The world that was being updated is gone."""
-        self.stage, self._pool = Stage.IDLE, None
+        self.stage, self._pool, self._session = Stage.IDLE, None, ""
         self._cancel_timers()
         self._leave_trainer()
 
@@ -116,7 +120,7 @@ class UpdateLife:
         self._cancel_timers()
         self._leave_trainer()
         pool, loop = self._pool, self._world.loop
-        self._pool, self.complete = None, False
+        self._pool, self.complete, self._session = None, False, ""
         if was is Stage.STARTED:
             logger.warning("the weight update was ended: %s", reason)
         if pool is not None and pool is self._world.pool and pool.error is None:
@@ -170,18 +174,25 @@ class UpdateLife:
             raise
 
     @contextlib.asynccontextmanager
-    async def call(self, *due: Stage) -> AsyncIterator[None]:
-        """One call at a time, and only where it is due."""
+    async def call(self, *due: Stage, session: str | None = None) -> AsyncIterator[None]:
+        """One call at a time, and only where it is due. session: the caller's; None: it needs none."""
+        # Also before its turn: the other trainer's call may last.
+        self._check_session(session)
         async with self._turns.call():
             try:
                 if self._pool is not None and self._pool is not self._world.pool:
                     self.forget()
+                self._check_session(session)
                 check_due(self.stage, due)
                 self._silence.stop()
                 yield
             finally:
                 if self.stage is Stage.STARTED:
                     self._silence.start(self.deadline_seconds)
+
+    def _check_session(self, session: str | None) -> None:
+        if session is not None:
+            check_session(session, self._session)
 
     def _on_silence(self) -> None:
         async def end() -> None:

@@ -36,15 +36,16 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         """Joins the trainer's group."""
         key = update_group_key(presented_token(context), request.master_address, request.master_port)
         async with _refusals(context):
-            await self._updates.init(request, key)
-        return pb.InitUpdateResponse(served=self._updates.served)
+            session = await self._updates.init(request, key)
+            return pb.InitUpdateResponse(served=self._updates.served, session=session)
+        raise AssertionError("a refusal ends the call")
 
     async def StartUpdate(  # noqa: N802
         self, request: pb.StartUpdateRequest, context: grpc.aio.ServicerContext
     ) -> pb.StartUpdateResponse:
         """Pauses, or makes room."""
         async with _refusals(context):
-            await self._updates.start(request.running)
+            await self._updates.start(request.running, request.session)
         return pb.StartUpdateResponse(served=self._updates.served)
 
     async def AwaitUpdate(  # noqa: N802
@@ -69,7 +70,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
     ) -> pb.FinishUpdateResponse:
         """Commits."""
         async with _refusals(context):
-            phases = await self._updates.finish(request.version)
+            phases = await self._updates.finish(request.version, request.session)
             return pb.FinishUpdateResponse(served=self._updates.served, phases=phases)
         raise AssertionError("a refusal ends the call")
 
@@ -78,7 +79,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
     ) -> pb.AbortUpdateResponse:
         """Ends the update."""
         async with _refusals(context):
-            await self._updates.abort(request.reason)
+            await self._updates.abort(request.reason, request.session)
         return pb.AbortUpdateResponse(served=self._updates.served)
 
     async def GetVersion(  # noqa: N802

@@ -57,3 +57,17 @@ def check_due(stage: Stage, due: tuple[Stage, ...]) -> None:
         names = " or ".join(one.value for one in due)
         message = f"the update is {stage.value}: this call is due when it is {names}"
         raise UpdateError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
+def check_session(session: str, present: str) -> None:
+    """Raises UpdateError for a call of another trainer than the one that has joined last.
+
+    present: its session; "": nobody has joined, which check_due finds where it matters.
+    """
+    if session == present or not present:
+        return
+    if not session:
+        message = "session is empty: InitUpdate answers with the one that the calls behind it have to carry"
+        raise UpdateError(grpc.StatusCode.INVALID_ARGUMENT, message)
+    message = "another trainer has taken this gang over: join again to take it back"
+    raise UpdateError(grpc.StatusCode.FAILED_PRECONDITION, message)

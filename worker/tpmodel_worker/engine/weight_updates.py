@@ -95,8 +95,8 @@ class WeightUpdates:
                 world_size=pool.world_size,
             )
 
-    async def init(self, request: weights_pb2.InitUpdateRequest, key: str) -> None:
-        """Makes the ranks join the trainer's group. Raises UpdateError; then none has.
+    async def init(self, request: weights_pb2.InitUpdateRequest, key: str) -> str:
+        """Makes the ranks join the trainer's group; its session. Raises UpdateError; then none has joined.
 
         key: what the group's members prove to know.
         """
@@ -106,20 +106,21 @@ class WeightUpdates:
             # Ranks that wait for a trainer that is not there would hold the group up.
             trainer = await TrainerLink.open(request.master_address, request.master_port)
             shadow = request.mode == weights_pb2.UPDATE_MODE_SHADOW
-            self._life.begin(pool, trainer, shadow=shadow, deadline_seconds=request.deadline_seconds)
+            session = self._life.begin(pool, trainer, shadow=shadow, deadline_seconds=request.deadline_seconds)
             join.deadline_seconds, join.key = self._life.deadline_seconds, key
             async with self._life.or_end("the trainer's group could not be joined"):
                 await self._ranks.control(lambda rank: _join_as(join, join.group_rank + rank))
                 async for _ in self._life.follow(JOIN_STEP, join.timeout_seconds + STEP_SECONDS):
                     pass
             self._life.stage = Stage.JOINED
+            return session
 
     async def await_update(self, request: weights_pb2.AwaitUpdateRequest) -> str:
         """Transport indexed: returns when a set has begun ("") or the trainer has ended the exchange (how).
 
         Other calls may come meanwhile. Raises UpdateError, after which the update is over.
         """
-        async with self._life.call(Stage.JOINED):
+        async with self._life.call(Stage.JOINED, session=request.session):
             step = next(self._steps)
             pool = self._ranks.pool
             awaiting = worker_pb2.AwaitIndex(tensors=request.tensors, step=step)
@@ -134,18 +135,18 @@ class WeightUpdates:
             if self._life.trainer_gone:
                 return TRAINER_GONE
             raise
-        async with self._life.call(Stage.AWAITING):
+        async with self._life.call(Stage.AWAITING, session=request.session):
             self._life.stage = Stage.JOINED
             if stopped:
                 await self._life.end(stopped)
         return stopped
 
-    async def start(self, running: weights_pb2.RunningRequests.ValueType) -> None:
+    async def start(self, running: weights_pb2.RunningRequests.ValueType, session: str) -> None:
         """In place: pauses generation. Shadow: makes the second arenas, and pauses when it is finished.
 
         Raises UpdateError; then nothing has changed.
         """
-        async with self._life.call(Stage.JOINED):
+        async with self._life.call(Stage.JOINED, session=session):
             modes = weights_pb2.RunningRequests
             if running == modes.RUNNING_REQUESTS_UNSPECIFIED:
                 raise UpdateError(grpc.StatusCode.INVALID_ARGUMENT, "running is unset: finish, keep or abort")
@@ -163,7 +164,7 @@ class WeightUpdates:
 
     async def update(self, request: weights_pb2.UpdateRequest) -> AsyncGenerator[weights_pb2.UpdateResponse]:
         """Receives tensors; what it yields goes to the trainer. Raises UpdateError, after which the update is over."""
-        async with self._life.call(Stage.STARTED):
+        async with self._life.call(Stage.STARTED, session=request.session):
             self._times.begin("check")
             check = worker_pb2.WeightUpdateRequest(check=request)
             # A wrong name or shape costs nothing: the next call may be right.
@@ -184,19 +185,19 @@ class WeightUpdates:
             self._times.begin(TRAINER)
             yield self._response(weights_pb2.UpdateResponse.STAGE_RECEIVED, total, total)
 
-    async def finish(self, version: int) -> list[weights_pb2.UpdatePhase]:
+    async def finish(self, version: int, session: str) -> list[weights_pb2.UpdatePhase]:
         """Prepares and commits on every rank, and serves on with the new weights; where the time went.
 
         Raises UpdateError.
         """
-        async with self._life.call(Stage.STARTED):
+        async with self._life.call(Stage.STARTED, session=session):
             await self._commit.finish(version, self._running)
         self._pruning.watch()
         return list(self._times.phases)
 
-    async def abort(self, reason: str) -> None:
+    async def abort(self, reason: str, session: str) -> None:
         """Ends the update. The version before is served on, unless bytes have moved in place."""
-        async with self._life.call(*Stage):
+        async with self._life.call(*Stage, session=session):
             await self._life.end(reason or "the trainer aborted it")
 
     async def close(self) -> None:

@@ -138,18 +138,19 @@ class Bridge:
         described = self._call(self._stub.GetParameterInfo, pb.GetParameterInfoRequest(), _CALL_SECONDS)
         tensors = indexed_tensors(described.parameters)
         self._publish(described)
-        self._join(self._layout(described.world_size))
+        session = tensors.session = self._join(self._layout(described.world_size))
         logger.info("joined the trainer at %s:%d", self._options.master_address, self._options.master_port)
         while not self._ended.is_set():
-            awaited = self._call(self._stub.AwaitUpdate, pb.AwaitUpdateRequest(tensors=tensors), None)
+            awaiting = pb.AwaitUpdateRequest(tensors=tensors, session=session)
+            awaited = self._call(self._stub.AwaitUpdate, awaiting, None)
             if awaited.stopped:
                 logger.info("%s", awaited.reason)
                 return
-            self._update(tensors)
+            self._update(tensors, session)
             self._errors = 0
 
-    def _join(self, layout: Layout) -> None:
-        """Waits for the trainer's store, then for its groups."""
+    def _join(self, layout: Layout) -> str:
+        """Waits for the trainer's store, then for its groups; the session, "" when it was ended meanwhile."""
         options = self._options
         deadline = time.monotonic() + options.join_seconds
         waiting = False
@@ -167,7 +168,7 @@ class Bridge:
                 backend=options.backend,
             )
             try:
-                self._call(self._stub.InitUpdate, request, max(left, 1.0) + _CALL_SECONDS)
+                return self._call(self._stub.InitUpdate, request, max(left, 1.0) + _CALL_SECONDS).session
             except GangError as error:
                 if error.code is not grpc.StatusCode.UNAVAILABLE or left <= 0:
                     raise
@@ -175,19 +176,18 @@ class Bridge:
                     logger.info("waiting for the trainer: %s", error)
                 waiting = True
                 if self._ended.wait(RETRY_SECONDS):
-                    return
-            else:
-                return
+                    return ""
 
-    def _update(self, tensors: pb.UpdateRequest) -> None:
+    def _update(self, tensors: pb.UpdateRequest, session: str) -> None:
         started = time.monotonic()
-        self._call(self._stub.StartUpdate, pb.StartUpdateRequest(running=self._options.running), _FINISH_SECONDS)
+        start = pb.StartUpdateRequest(running=self._options.running, session=session)
+        self._call(self._stub.StartUpdate, start, _FINISH_SECONDS)
         self._call_under_way = call = self._stub.Update(tensors, metadata=self._metadata)
         newest = 0
         with self._failures():
             for response in call:
                 newest = response.served.newest_version
-        finish = pb.FinishUpdateRequest(version=newest + 1)
+        finish = pb.FinishUpdateRequest(version=newest + 1, session=session)
         served = self._call(self._stub.FinishUpdate, finish, 4 * _CALL_SECONDS).served
         logger.info("weights of version %d are served after %.2f s", served.version, time.monotonic() - started)
 
