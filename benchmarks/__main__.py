@@ -17,6 +17,7 @@ PROGRAMS = (
     "serving_cpu",
     "recovery",
     "kv_transfer",
+    "chat_turns",
     "weight_updates",
 )
 

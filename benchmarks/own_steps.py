@@ -17,7 +17,8 @@ from tpmodel_worker.loading.plan import bind_parameters, plan_weights
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config import parse_model_config
 from tpmodel_worker.models.registry import build_model
-from tpmodel_worker.rank.kv_cache import KvCache, KvShape, StateMemory
+from tpmodel_worker.rank.cache_sizes import KvShape, StateMemory
+from tpmodel_worker.rank.kv_cache import KvCache
 from tpmodel_worker.rank.plan_check import PlanLimits
 from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.rank.sampling import Sampler

@@ -95,11 +95,12 @@ class ModelSource(Model):
     engine_options: EngineOptions = {}
     """Settings of the engine by name; values are strings. max_num_seqs (64): requests that run at once.
     max_num_batched_tokens (2048): most tokens of one step. block_size (16): tokens in a block of the KV cache.
-    kv_cache_memory: KV cache of each rank, such as 2Gi; left out: what is free. prefix_cache (true). queue_limit
-    (1024): requests that may wait. api_processes (1): processes that face clients. communicator (auto, shared_memory,
-    gloo, nccl). step_deadline (5, on cpu 30): least seconds before a step counts as hung. respawn (fork): how
-    a dead rank is replaced; spare is fastest and keeps a CUDA context on every device of a pod, cold is slowest and
-    keeps nothing. In mode InPlace: rebuild_limit (10): rebuilds in place, without rebuild_stability_window (300)
-    seconds of serving between them, after which all pods restart. rebuild_wait (60): seconds that a request without a
-    deadline waits for a rebuild. expert_parallel (false): every rank holds some experts of a mixture of experts whole,
-    instead of a part of each. dummy_seed: for loadFormat dummy."""
+    kv_cache_memory: KV cache of each rank, such as 2Gi; left out: what is free. prefix_cache (true). state_snapshots:
+    of models that keep recurrent state, snapshots of it for the prefix cache, which is off with 0; left out: a tenth
+    of the KV cache. queue_limit (1024): requests that may wait. api_processes (1): processes that face clients.
+    communicator (auto, shared_memory, gloo, nccl). step_deadline (5, on cpu 30): least seconds before a step counts as
+    hung. respawn (fork): how a dead rank is replaced; spare is fastest and keeps a CUDA context on every device of a
+    pod, cold is slowest and keeps nothing. In mode InPlace: rebuild_limit (10): rebuilds in place, without
+    rebuild_stability_window (300) seconds of serving between them, after which all pods restart. rebuild_wait (60):
+    seconds that a request without a deadline waits for a rebuild. expert_parallel (false): every rank holds some
+    experts of a mixture of experts whole, instead of a part of each. dummy_seed: for loadFormat dummy."""

@@ -20,6 +20,7 @@ class OptionShape:
 
 
 _COUNT = OptionShape(r"^[1-9][0-9]{0,8}$", "a whole number of at least 1")
+_COUNT_OR_NONE = OptionShape("^(0|[1-9][0-9]{0,5})$", "a whole number of at least 0")
 _SIZE = OptionShape(r"^[0-9]{1,15}([.][0-9]{1,3})?([KMGT]i?)?$", "a size such as 500M or 2Gi")
 _FLAG = OptionShape("^(true|false)$", "'true' or 'false', in quotes")
 _SECONDS = OptionShape(r"^[1-9][0-9]{0,5}([.][0-9]{1,3})?$", "seconds of at least 1, such as 30")
@@ -30,12 +31,13 @@ ENGINE_OPTIONS: dict[str, OptionShape] = {
     "block_size": OptionShape("^([1-9][0-9]?|1[0-9][0-9]|2[0-4][0-9]|25[0-6])$", "a whole number from 1 to 256"),
     "kv_cache_memory": _SIZE,
     "prefix_cache": _FLAG,
+    "state_snapshots": _COUNT_OR_NONE,
     "queue_limit": _COUNT,
     "api_processes": OptionShape("^([1-9]|[1-5][0-9]|6[0-4])$", "a whole number from 1 to 64"),
     "communicator": OptionShape("^(auto|shared_memory|gloo|nccl)$", "auto, shared_memory, gloo or nccl"),
     "step_deadline": _SECONDS,
     "respawn": OptionShape("^(cold|fork|spare)$", "cold, fork or spare"),
-    "rebuild_limit": OptionShape("^(0|[1-9][0-9]{0,5})$", "a whole number of at least 0"),
+    "rebuild_limit": _COUNT_OR_NONE,
     "rebuild_wait": _SECONDS,
     "rebuild_stability_window": _SECONDS,
     "expert_parallel": _FLAG,

@@ -472,3 +472,25 @@ async def test_a_supervisor_that_takes_no_watch_is_reported_and_asked_again(
         assert engine.status.phase == SERVING
     finally:
         await engine.stop()
+
+
+@pytest.fixture
+def room(gang: FakeGang) -> None:
+    """Of ranks that keep recurrent state, the second of which has less memory."""
+    for rank, blocks, snapshots in ((gang[0], 40, 8), (gang[1], 30, 5)):
+        rank.state_bytes, rank.kv_blocks, rank.state_snapshots = 1000, blocks, snapshots
+
+
+@pytest.mark.parametrize(("found", "used"), [((60, 9), (30, 5)), ((20, 3), (20, 3))], ids=["more", "less"])
+async def test_the_caches_of_a_rebuilt_world_are_no_larger_than_they_were(
+    room: None, served: Served, found: tuple[int, int], used: tuple[int, int]
+) -> None:
+    """P17: so that ranks that are still there keep their memory, whatever a new process finds free."""
+    replaced = served.gang[1]
+    await served.kill(1)
+    await until_phase(served.engine, REBUILDING)
+    replaced.kv_blocks, replaced.state_snapshots = found
+    await served.replace(1)
+    await until_phase(served.engine, SERVING)
+    clears = [asked.clear_kv_cache for asked in served.gang[0].requests if asked.HasField("clear_kv_cache")]
+    assert [(clear.num_blocks, clear.state_snapshots) for clear in clears] == [(30, 5), used]

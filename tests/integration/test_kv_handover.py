@@ -243,10 +243,10 @@ def test_what_can_not_be_kept_is_refused_naming_the_field(gangs: Gangs, options:
 
 
 def test_a_model_with_recurrent_state_hands_that_over_too(tmp_path: Path) -> None:
-    """Linear attention's state by key-head group, in slots that others used before."""
+    """Linear attention's state by key-head group, in slots that others used before; one gang has no prefix cache."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", **ARCHITECTURES["qwen3_next"])
     options = ["--max-num-seqs", "2"]
-    prefill = make_server(tmp_path, checkpoint, 1, options=options)
+    prefill = make_server(tmp_path, checkpoint, 1, options=[*options, "--state-snapshots", "0"])
     decode = make_server(tmp_path, checkpoint, 2, prefill, options=options)
     try:
         start_all([prefill, decode])
@@ -255,5 +255,7 @@ def test_a_model_with_recurrent_state_hands_that_over_too(tmp_path: Path) -> Non
         for prompt, tokens in zip(PROMPTS[:4], whole, strict=True):
             assert hand_over(prefill, decode, prompt, **GREEDY)[1].token_ids[0] == tokens
         all_blocks_back(prefill, decode)
+        off = "the prefix cache is off: blocks do not hold that state, and state_snapshots is 0"
+        assert [server.output.count(off) for server in (prefill, decode)] == [1, 0]
     finally:
         stop_all([server for server in (prefill, decode) if server.output])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.checkpoints import make_checkpoint, random_prompts
+from support.checkpoints import ARCHITECTURES, make_checkpoint, random_prompts
 from support.oracle import Reference, TieLedger
 from support.rank_gang import RankGang, World, admission, new_world
 from tpmodel.v1 import worker_pb2 as pb
@@ -31,9 +31,8 @@ def gang(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     gang.close()
 
 
-@pytest.fixture
-async def world(gang: RankGang, checkpoint: Path) -> AsyncIterator[World]:
-    load = pb.LoadDenseShardRequest(
+def load_request(checkpoint: Path) -> pb.LoadDenseShardRequest:
+    return pb.LoadDenseShardRequest(
         model_id="test",
         config_json=(checkpoint / "config.json").read_text(),
         safetensors_paths=[str(checkpoint / "model.safetensors")],
@@ -44,8 +43,12 @@ async def world(gang: RankGang, checkpoint: Path) -> AsyncIterator[World]:
         block_size=BLOCK,
         kv_cache_bytes=8 << 20,
     )
+
+
+@pytest.fixture
+async def world(gang: RankGang, checkpoint: Path) -> AsyncIterator[World]:
     async with new_world(gang) as world:
-        await world.build(load)
+        await world.build(load_request(checkpoint))
         yield world
 
 
@@ -161,3 +164,53 @@ async def test_chunks_prefix_hits_and_block_copies_give_the_same_tokens(world: W
         await steps.receive()
     assert len(steps.outputs[0]) == len(steps.outputs[1]) == 6
     assert steps.outputs[0] == steps.outputs[1]
+
+
+async def test_snapshots_of_recurrent_state_are_made_on_every_rank_and_gone_once_the_cache_is_emptied(
+    gang: RankGang, tmp_path: Path
+) -> None:
+    """P10, P14: a rank that has none refuses the plan like all others, before anything is computed."""
+    checkpoint = make_checkpoint(tmp_path / "hybrid", **ARCHITECTURES["qwen3_5"])
+    load = load_request(checkpoint)
+    load.state_snapshots = 2
+    first, second = random_prompts(2, shortest=2 * BLOCK + 5, longest=2 * BLOCK + 5, vocabulary=512, seed=6)
+    second = first[: 2 * BLOCK] + second[2 * BLOCK :]
+    behind = pb.GenerateStepRequest(
+        admissions=[admission(1, second, max_tokens=9, computed_length=2 * BLOCK, state_snapshot=1)],
+        block_table_deltas=[pb.BlockTableDelta(slot=1, blocks=[0, 1, 5, 6])],
+        prefill_chunks=[pb.PrefillChunk(slot=1, length=5)],
+        steps=1,
+    )
+    async with new_world(gang) as world:
+        loaded = await world.build(load, state_snapshots=2)
+        assert [reply.load_dense_shard_ok.state_snapshots_available for reply in loaded] == [2] * len(loaded)
+        steps = Sequences(world, [first, second], max_tokens=9)
+        await world.plan(
+            pb.GenerateStepRequest(
+                admissions=[admission(0, first, max_tokens=9)],
+                block_table_deltas=[pb.BlockTableDelta(slot=0, blocks=[0, 1, 2, 3])],
+                prefill_chunks=[pb.PrefillChunk(slot=0, length=2 * BLOCK)],
+                steps=1,
+                state_saves=[pb.StateSave(slot=0, snapshot=1)],
+            )
+        )
+        await world.plan(pb.GenerateStepRequest(prefill_chunks=[pb.PrefillChunk(slot=0, length=5)], steps=1))
+        await steps.receive()
+        await steps.receive()
+        await world.plan(behind)
+        await world.plan(steps.decode(8))
+        for _ in range(9):
+            await steps.receive()
+        settled = await world.settle()
+        assert len({reply.generate_step_ok.checksum for reply in settled}) == 1
+        reference, ledger = Reference(checkpoint), TieLedger()
+        for prompt, output in zip((first, second), steps.outputs, strict=True):
+            assert len(output) == 9
+            reference.check_greedy(prompt, output, ledger, what=f"prompt of {len(prompt)}")
+        cleared = await world.control(clear_kv_cache=pb.ClearKvCacheRequest())
+        assert all(reply.HasField("kv_cache_cleared") for reply in cleared)
+        await world.plan(behind)
+        refusals = [(await session.receive()).error for session in world.sessions]
+        assert {refusal.kind for refusal in refusals} == {pb.ERROR_KIND_INVALID_PLAN}
+        (message,) = {refusal.message for refusal in refusals}
+        assert f"snapshot 1 was not made behind the sequence's first {2 * BLOCK} tokens" in message

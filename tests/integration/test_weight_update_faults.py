@@ -197,12 +197,15 @@ def test_updates_under_load_at_four_ranks(tmp_path: Path, tp: int) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
 def test_other_model_types_are_updated_in_both_modes(tmp_path: Path, architecture: str) -> None:
-    """E39, E40: experts stacked, linear attention fused by the map that loading uses."""
+    """E39, E40: experts stacked, linear attention fused by the map that loading uses; U35: what the prefix cache has of
+    the old weights, blocks and snapshots of recurrent state, is not used again."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", seed=3, **ARCHITECTURES[architecture])
-    with serve(tmp_path, 2, checkpoint=checkpoint) as served:
+    with serve(tmp_path, 2, "--block-size", "1", checkpoint=checkpoint) as served:
         check: Callable[[], None] = served.check
         check()
         for options in ({}, {"mode": "shadow"}, {"transport": "indexed"}):
+            assert max(served.cached_tokens()) > 0
             with served.connect(buffer_size=50_000, **options) as trainer:
                 served.update(trainer)
+            assert max(served.cached_tokens()) == 0
             check()

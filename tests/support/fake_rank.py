@@ -59,6 +59,8 @@ class FakeRank(worker_pb2_grpc.WorkerServiceServicer):
         self.busy: worker_pb2.Busy | None = None
         self.highest_epoch = 0
         self.kv_blocks = 64
+        self.state_bytes = 0
+        self.state_snapshots = 0
         self.ack_every = 1
         """Plans between two answers of a rank other than 0."""
         self.checksum: Callable[[int], int] = lambda seq: seq * 2654435761 % 2**32
@@ -168,7 +170,13 @@ async def _load(rank: FakeRank, session: FakeSession, request: worker_pb2.Sessio
     for done in (0, 50, 100):
         await session.send(request, progress=worker_pb2.Progress(what="weights", done_bytes=done, total_bytes=100))
     loaded = worker_pb2.LoadDenseShardOk(
-        bytes=100, digest=7, kv_blocks_available=rank.kv_blocks, kv_block_bytes=512, weight_version=0
+        bytes=100,
+        digest=7,
+        kv_blocks_available=rank.kv_blocks,
+        kv_block_bytes=512,
+        state_bytes=rank.state_bytes,
+        state_snapshots_available=rank.state_snapshots,
+        weight_version=0,
     )
     await session.send(request, load_dense_shard_ok=loaded)
 

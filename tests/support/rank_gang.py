@@ -177,11 +177,14 @@ class World:
             *(session.control(init=self.init_request(session.rank)) for session in self.sessions)
         )
 
-    async def build(self, load: pb.LoadDenseShardRequest, *, num_blocks: int = 64) -> list[pb.SessionResponse]:
+    async def build(
+        self, load: pb.LoadDenseShardRequest, *, num_blocks: int = 64, state_snapshots: int = 0
+    ) -> list[pb.SessionResponse]:
         """Init, load and clear; the replies to load. Fails on any error."""
         await _succeed(self.init(), "init_ok")
         loaded = await _succeed(self.control(load_dense_shard=load), "load_dense_shard_ok")
-        await _succeed(self.control(clear_kv_cache=pb.ClearKvCacheRequest(num_blocks=num_blocks)), "kv_cache_cleared")
+        clear = pb.ClearKvCacheRequest(num_blocks=num_blocks, state_snapshots=state_snapshots)
+        await _succeed(self.control(clear_kv_cache=clear), "kv_cache_cleared")
         return loaded
 
     async def plan(self, plan: pb.GenerateStepRequest) -> int:

@@ -25,7 +25,6 @@ from tpmodel_worker.engine.scheduler import Scheduler
 
 VOCABULARY = 9
 """Small, so that sequences stop early and share what they output."""
-WEIGHT_VERSION = 3
 ABORTED = 10
 
 
@@ -40,6 +39,8 @@ def small_config(
     prefix_cache: bool = True,
     share_blocks: bool = True,
     max_steps: int = 8,
+    state_snapshots: int = 0,
+    snapshot_interval_blocks: int = 1,
 ) -> SchedulerConfig:
     """A configuration for a test that minds some of it."""
     return SchedulerConfig(
@@ -52,6 +53,8 @@ def small_config(
         prefix_cache=prefix_cache,
         share_blocks=share_blocks,
         max_steps=max_steps,
+        state_snapshots=state_snapshots,
+        snapshot_interval_blocks=snapshot_interval_blocks,
     )
 
 
@@ -123,6 +126,8 @@ class Counts:
     release_plans: int = 0
     block_copies: int = 0
     cached_tokens: int = 0
+    state_saves: int = 0
+    state_restores: int = 0
     readmissions: int = 0
     """With outputs known: after a preemption or a rebuild, or of a resumed stream."""
     overrun_tokens: int = 0
@@ -136,7 +141,8 @@ class SchedulerDriver:
     def __init__(self, config: SchedulerConfig, *, step_seconds: float = 0.0) -> None:
         self.config = config
         self.now = 1000.0
-        self.scheduler = Scheduler(config, clock=lambda: self.now, weight_version=WEIGHT_VERSION)
+        self.weight_version = 3
+        self.scheduler = Scheduler(config, clock=lambda: self.now, weight_version=self.weight_version)
         self.rank = _make_rank(config)
         self.expected: dict[Hashable, ExpectedRequest] = {}
         self.counts = Counts()
@@ -255,6 +261,14 @@ class SchedulerDriver:
         self.scheduler.rebuild(self.config)
         self.check()
 
+    def adopt_weights(self, version: int) -> None:
+        """Other weights are in place, and the rank's cache is empty; all plans have been answered."""
+        assert not self._replies
+        self.weight_version = version
+        self.rank = _make_rank(self.config)
+        self.scheduler.adopt_weights(version)
+        self.check()
+
     def fail_all(self) -> None:
         self._take(self.scheduler.fail_all(ABORTED, "aborted"))
         assert not any(expected.open for expected in self.expected.values())
@@ -334,7 +348,7 @@ class SchedulerDriver:
             assert sample.open, "output for a sample that has ended"
             if output.admitted is not None:
                 assert not expected.admitted, "admitted twice"
-                assert output.admitted.weight_version == WEIGHT_VERSION
+                assert output.admitted.weight_version == self.weight_version
                 assert output.admitted.cached_tokens % self.config.block_size == 0
                 expected.admitted = True
                 self.counts.cached_tokens += output.admitted.cached_tokens
@@ -386,7 +400,7 @@ class SchedulerDriver:
         token_ids = [*request.prompt_token_ids, *outputs]
         chain: list[bytes] = []
         blocks = len(token_ids) // self.config.block_size
-        extend_chain(chain, root_hash(WEIGHT_VERSION), token_ids, self.config.block_size, blocks)
+        extend_chain(chain, root_hash(self.weight_version), token_ids, self.config.block_size, blocks)
         self._committed_hashes.update(chain)
 
     def _count(self, plan: worker_pb2.GenerateStepRequest) -> None:
@@ -395,6 +409,8 @@ class SchedulerDriver:
         counts.multi_step_plans += plan.steps > 1
         counts.release_plans += plan.steps == 0
         counts.block_copies += len(plan.block_copies)
+        counts.state_saves += len(plan.state_saves)
+        counts.state_restores += sum(admission.HasField("state_snapshot") for admission in plan.admissions)
         counts.readmissions += sum(len(admission.token_ids) > admission.prompt_length for admission in plan.admissions)
 
 
@@ -406,4 +422,6 @@ def _make_rank(config: SchedulerConfig) -> SimulatedRank:
         max_step_tokens=config.max_num_batched_tokens,
         max_len=config.max_model_len,
         vocabulary=VOCABULARY,
+        keeps_state=not config.share_blocks,
+        snapshots=config.state_snapshots,
     )

@@ -61,6 +61,8 @@ class SimulatedSlot:
     sampling: worker_pb2.SlotSampling
     tags: list[int]
     """Of each of tokens' prefixes."""
+    state: int = 0
+    """The tag of the prefix that its recurrent state has seen."""
     table: list[int] = field(default_factory=list)
     finished: bool = False
 
@@ -74,14 +76,26 @@ class SimulatedRank:
     """Executes plans at once, as strictly as a rank: AssertionError for a plan that a rank would refuse."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, slots: int, max_step_tokens: int, max_len: int, vocabulary: int
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        slots: int,
+        max_step_tokens: int,
+        max_len: int,
+        vocabulary: int,
+        keeps_state: bool = False,
+        snapshots: int = 0,
     ) -> None:
+        """keeps_state: tokens need the state behind those before them; snapshots: places for copies of it."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_slots = slots
         self.max_step_tokens = max_step_tokens
         self.max_len = max_len
         self.vocabulary = vocabulary
+        self.keeps_state = keeps_state
+        self.snapshots: list[int | None] = [None] * snapshots
         self.slots: dict[int, SimulatedSlot] = {}
         self.computed_tokens = 0
         self._kv: dict[tuple[int, int], int] = {}
@@ -106,7 +120,13 @@ class SimulatedRank:
         if plan.steps == 0:
             assert plan.ack_now, "nobody would answer"
             return [worker_pb2.GenerateStepOk()]
-        return [self._step(plan, step) for step in range(plan.steps)]
+        replies = [self._step(plan, step) for step in range(plan.steps)]
+        places = [save.snapshot for save in plan.state_saves]
+        assert len(places) == len(set(places)), "a snapshot is made twice"
+        for save in plan.state_saves:
+            assert any(chunk.slot == save.slot for chunk in plan.prefill_chunks), "what decodes may have finished"
+            self.snapshots[save.snapshot] = self.slots[save.slot].state
+        return replies
 
     def blocks_held(self) -> Counter[int]:
         """How many slots have each block in their table."""
@@ -138,7 +158,18 @@ class SimulatedRank:
             computed_length=admission.computed_length,
             sampling=admission.sampling,
             tags=tags[1:],
+            state=self._first_state(admission, tags),
         )
+
+    def _first_state(self, admission: worker_pb2.Admission, tags: Sequence[int]) -> int:
+        """tags: of no token, of the first, and so on."""
+        behind = tags[admission.computed_length]
+        if admission.HasField("state_snapshot"):
+            assert self.keeps_state
+            assert self.snapshots[admission.state_snapshot] == behind, "the snapshot is of other tokens"
+        elif self.keeps_state and not admission.state_received:
+            assert admission.computed_length == 0, "blocks do not hold the state"
+        return behind
 
     def _extend(self, delta: worker_pb2.BlockTableDelta) -> None:
         table = self.slots[delta.slot].table
@@ -202,6 +233,8 @@ class SimulatedRank:
         assert not others, f"slot {slot} writes to block {block}, which slots {others} hold too"
         for earlier in range(position):
             assert self._find(slot, earlier) == state.tags[earlier], f"slot {slot} sees another prefix at {earlier}"
+        assert state.state == (state.tags[position - 1] if position else 0), f"slot {slot} has another state"
+        state.state = state.tags[position]
         self._kv[block, position % self.block_size] = state.tags[position]
         self._written_by[block] = slot
         state.computed_length += 1

@@ -76,6 +76,12 @@ class Served:
                 assert self.trained.chooses(prompt, list(result.token_ids[0]))
                 assert result.completion.weight_versions == (self.version,)
 
+    def cached_tokens(self) -> list[int]:
+        """How many tokens of each prompt are not computed again."""
+        with Client(self.server.target) as client:
+            results = [client.complete(prompt, max_tokens=1, **GREEDY) for prompt in PROMPTS]
+        return [result.completion.usage.cached_tokens for result in results]
+
     def served(self) -> pb.ServedVersion:
         with self.stub() as stub:
             return stub.GetVersion(pb.GetVersionRequest(), metadata=metadata(TOKEN), timeout=10).served

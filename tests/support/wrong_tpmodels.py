@@ -19,9 +19,9 @@ RESERVED_LABELS = (
     "operator and to Kubernetes: write labels with a prefix of your own"
 )
 MANY_OPTIONS = (
-    "engine options are max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory, prefix_cache, queue_limit, "
-    "api_processes, communicator, step_deadline, respawn, rebuild_limit, rebuild_wait, rebuild_stability_window, "
-    "expert_parallel, dummy_seed"
+    "engine options are max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory, prefix_cache, "
+    "state_snapshots, queue_limit, api_processes, communicator, step_deadline, respawn, rebuild_limit, rebuild_wait, "
+    "rebuild_stability_window, expert_parallel, dummy_seed"
 )
 RESERVED_ENVIRONMENT = (
     "leave this variable out, the operator sets it: a hub token goes into model.secretRef, the folder of downloads "

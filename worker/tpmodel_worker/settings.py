@@ -81,6 +81,9 @@ class ServeSettings:
     kv_cache_bytes: int = 0
     """Bytes of each rank's KV cache; 0: chosen by what is free."""
     prefix_cache: bool = True
+    state_snapshots: int | None = None
+    """Of models that keep recurrent state: snapshots of it for the prefix cache, which is off with 0; None: by what is
+    free."""
     queue_limit: int = 1024
     """Requests that may wait; one more is RESOURCE_EXHAUSTED."""
 

@@ -60,6 +60,9 @@ class ByteSize(click.ParamType):
 @click.option("--expert-parallel", is_flag=True,
               help="Mixture of experts: every rank holds some experts whole, instead of a part of each.")  # fmt: skip
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its start.")
+@click.option("--state-snapshots", type=click.IntRange(0, 999_999), default=None,
+              help="Models that keep recurrent state: snapshots of it for the prefix cache, which is off with 0; "
+              "default: a tenth of the KV cache's memory.")  # fmt: skip
 @click.option("--queue-limit", type=click.IntRange(min=1), default=1024, show_default=True, help="Waiting requests.")
 @click.option("--communicator", type=click.Choice(["auto", "shared_memory", "gloo", "nccl"]), default="auto")
 @click.option("--share-devices", is_flag=True,
@@ -146,6 +149,7 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         block_size=options["block_size"],
         kv_cache_bytes=options["kv_cache_memory"],
         prefix_cache=not options["no_prefix_cache"],
+        state_snapshots=options["state_snapshots"],
         queue_limit=options["queue_limit"],
         host=options["host"],
         port=options["port"],

@@ -108,3 +108,14 @@ def test_a_match_ends_at_the_first_unknown_hash():
     pool.register(blocks[0], b"0")
     pool.register(blocks[1], b"2")
     assert pool.match([b"0", b"1", b"2"]) == blocks[:1]
+
+
+def test_a_hash_is_forgotten_when_its_block_is_given_away_and_not_before():
+    forgotten: list[bytes] = []
+    pool = BlockPool(2, forgotten=forgotten.append)
+    for block, block_hash in zip(pool.allocate(2), (b"first", b"second"), strict=True):
+        pool.register(block, block_hash)
+        pool.release([block])
+    assert (pool.is_known(b"first"), forgotten) == (True, [])
+    pool.allocate(1)
+    assert (pool.is_known(b"first"), pool.is_known(b"second"), forgotten) == (False, True, [b"first"])

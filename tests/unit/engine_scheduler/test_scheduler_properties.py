@@ -22,6 +22,8 @@ from tpmodel_worker.engine.requests import Request, SchedulerConfig
 
 def make_config(choices: random.Random) -> SchedulerConfig:
     block_size = choices.choice([1, 2, 4])
+    keeps_state = choices.random() < 0.35
+    snapshots = choices.choice([0, 1, 2, 9]) if keeps_state else 0
     return SchedulerConfig(
         num_blocks=choices.choice([6, 12, 24, 60]),
         block_size=block_size,
@@ -29,7 +31,10 @@ def make_config(choices: random.Random) -> SchedulerConfig:
         max_num_batched_tokens=choices.choice([2, 7, 16, 64]),
         max_model_len=choices.choice([16, 40]),
         queue_limit=choices.choice([2, 12]),
-        prefix_cache=choices.random() < 0.75,
+        prefix_cache=choices.random() < 0.75 and (not keeps_state or snapshots > 0),
+        share_blocks=not keeps_state,
+        state_snapshots=snapshots,
+        snapshot_interval_blocks=choices.choice([1, 1, 3]),
         max_steps=choices.choice([1, 3, 8]),
         multi_step_budget_seconds=0.005,
     )
@@ -128,6 +133,8 @@ def test_random_events_never_break_the_scheduler():
             release_plans=counts.release_plans,
             block_copies=counts.block_copies,
             cached_tokens=counts.cached_tokens,
+            state_saves=counts.state_saves,
+            state_restores=counts.state_restores,
             readmissions=counts.readmissions,
             overrun_tokens=counts.overrun_tokens,
             finished=counts.finished,

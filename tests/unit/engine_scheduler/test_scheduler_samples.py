@@ -62,7 +62,7 @@ def test_samples_that_cannot_share_blocks_each_begin_at_their_first_token():
 
 
 def test_a_prefix_cache_of_blocks_that_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="prefix_cache needs share_blocks"):
+    with pytest.raises(ValueError, match="prefix_cache needs share_blocks or state_snapshots"):
         small_config(prefix_cache=True, share_blocks=False)
 
 

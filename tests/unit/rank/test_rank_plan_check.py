@@ -37,6 +37,10 @@ def chunk(slot: int, length: int) -> pb.PrefillChunk:
     return pb.PrefillChunk(slot=slot, length=length)
 
 
+def save(slot: int, snapshot: int) -> pb.StateSave:
+    return pb.StateSave(slot=slot, snapshot=snapshot)
+
+
 def plan(**parts: Any) -> pb.GenerateStepRequest:
     return pb.GenerateStepRequest(**parts)
 
@@ -148,3 +152,43 @@ def test_a_model_with_recurrent_state_computes_a_sequence_from_its_first_token()
     # Unless the state came with the blocks from another gang.
     shared.admissions[0].state_received = True
     check_plan(shared, table.host, limits)
+
+
+def test_snapshots_of_recurrent_state_are_used_only_behind_the_tokens_that_they_were_made_of() -> None:
+    """P10: refused by all ranks alike, from plans alone."""
+    slots = dataclasses.replace(LIMITS.slots, snapshots=2)
+    limits = dataclasses.replace(LIMITS, slots=slots, keeps_state=True)
+    table = SlotTable(slots, torch.device("cpu"))
+    table.admit([admission(1, length=10)])
+    table.extend([delta(1, 2, 3, 4)])
+    check_plan(plan(prefill_chunks=[chunk(1, 8)], steps=1, state_saves=[save(1, 1)]), table.host, limits)
+    table.host.computed[1] = 8
+    table.note_saves([save(1, 1)])
+
+    def begin(snapshot: int, computed_length: int = 8, **changes: Any) -> pb.GenerateStepRequest:
+        admitted = admission(2, computed_length=computed_length, state_snapshot=snapshot, **({"length": 9} | changes))
+        return plan(admissions=[admitted])
+
+    check_plan(begin(1), table.host, limits)
+    refused = {
+        "snapshot 2 is out of range: there are 2": begin(2),
+        "snapshot 0 was not made behind the sequence's first 8 tokens": begin(0),
+        "snapshot 1 was not made behind the sequence's first 7 tokens": begin(1, computed_length=7),
+        "slot 2: snapshot 1 was not made behind": begin(1, token_ids=[*range(7), 99, 8], prompt_length=9),
+        "its state was received, and is to be restored": begin(1, state_received=True),
+        "slot 2 has no prefill chunk, and its state is to be copied": plan(
+            prefill_chunks=[chunk(1, 2)], steps=1, state_saves=[save(2, 0)]
+        ),
+        "snapshot 5 is out of range": plan(prefill_chunks=[chunk(1, 2)], steps=1, state_saves=[save(1, 5)]),
+        "snapshot 0 is made twice": plan(prefill_chunks=[chunk(1, 2)], steps=1, state_saves=[save(1, 0), save(1, 0)]),
+    }
+    for message, bad in refused.items():
+        with pytest.raises(InvalidPlanError) as refusal:
+            check_plan(bad, table.host, limits)
+        assert message in str(refusal.value)
+
+
+def test_models_without_recurrent_state_have_no_snapshots_of_it(table: SlotTable) -> None:
+    bad = plan(admissions=[admission(2, computed_length=4, state_snapshot=0)])
+    with pytest.raises(InvalidPlanError, match="snapshot 0 is out of range: there are 0"):
+        check_plan(bad, table.host, LIMITS)

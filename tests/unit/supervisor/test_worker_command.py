@@ -182,6 +182,7 @@ def _refusal(run: Callable[[], object]) -> None:
         ("kv_cache_memory=500M", {"kv_cache_bytes": 500_000_000}),
         ("kv_cache_memory=1.5Gi", {"kv_cache_bytes": 3 << 29}),
         ("prefix_cache=true", {"prefix_cache": True}),
+        ("state_snapshots=0", {"state_snapshots": 0}),
         ("communicator=gloo", {"communicator": "gloo"}),
         ("step_deadline=7.5", {"step_deadline": 7.5}),
         ("respawn=spare", {"respawn": "spare"}),
@@ -198,6 +199,7 @@ def test_engine_options_are_read(given: str, values: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "given",
     ["max_num_seqs=0", "max_num_seqs=many", "block_size=257", "kv_cache_memory=lots", "prefix_cache=yes",
+     "state_snapshots=-1",
      "communicator=mpi", "step_deadline=0", "step_deadline=nan", "api_processes=65", "respawn=never", "max_num_seqs",
      "rebuild_limit=-1", "rebuild_wait=0", "rebuild_stability_window=long"],
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class BlockPool:
@@ -14,8 +14,10 @@ class BlockPool:
     used first. Blocks are numbers below num_blocks, the same on every rank.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, forgotten: Callable[[bytes], None] | None = None) -> None:
+        """forgotten: called with a hash by which no block is found any more."""
         self.num_blocks = num_blocks
+        self._forgotten = forgotten
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         # A stack: low numbers first, and what was used last is used next.
@@ -64,6 +66,8 @@ class BlockPool:
         assert block_hash is not None
         del self._block_of[block_hash]
         self._hashes[block] = None
+        if self._forgotten is not None:
+            self._forgotten(block_hash)
         return block
 
     def unheld(self, blocks: Sequence[int]) -> int:
@@ -101,6 +105,10 @@ class BlockPool:
         if block_hash not in self._block_of and self._hashes[block] is None:
             self._block_of[block_hash] = block
             self._hashes[block] = block_hash
+
+    def is_known(self, block_hash: bytes) -> bool:
+        """Whether a block is found by this hash."""
+        return block_hash in self._block_of
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks that hold the longest known prefix of the chain. They are the caller's only after `share`."""

@@ -76,7 +76,9 @@ class BuiltWorld:
     pool: Pool
     num_blocks: int
     state_bytes: int
-    """Bytes of recurrent state on every rank; above 0 sequences cannot share blocks."""
+    """Bytes of recurrent state on every rank; above 0 sequences cannot go on from blocks alone."""
+    state_snapshots: int
+    """Snapshots of it that every rank can hold."""
     kv: GangCache
     """What other gangs are told of the cache."""
 
@@ -108,15 +110,15 @@ class WorldBuilder:
         """The rendezvous of the ranks that are joining."""
 
     async def build(
-        self, membership: Membership, *, on_phase: PhaseListener = _ignore, num_blocks: int = 0
+        self, membership: Membership, *, on_phase: PhaseListener = _ignore, lost: BuiltWorld | None = None
     ) -> BuiltWorld:
         """Takes every rank through the build. Raises BuildError or ConfigurationError, with nothing left open.
 
         Args:
             membership: all ranks.
             on_phase: told what begins: init, check, map, clear.
-            num_blocks: KV blocks that a world before this one had; ranks that are still there then keep their cache,
-                and their weights also when others fail to load. 0: it is the first one.
+            lost: the world before this one; ranks that are still there then keep the memory of their cache, which is
+                no larger than it was, and their weights also when others fail to load. None: it is the first one.
         """
         settings = self._settings
         if self._checkpoint is None:
@@ -142,7 +144,7 @@ class WorldBuilder:
             on_phase("init")
             await self._join(pool, membership, on_phase)
             on_phase("map")
-            world = await self._load(pool, self._checkpoint, on_phase, num_blocks)
+            world = await self._load(pool, self._checkpoint, on_phase, lost)
             built = True
             return world
         except BuildError as error:
@@ -212,12 +214,14 @@ class WorldBuilder:
         seconds = max(reply.init_ok.seconds for reply in replies)
         logger.info("%d ranks joined by %s in %.2f s", pool.world_size, names[0], seconds, extra={"epoch": pool.epoch})
 
-    async def _load(self, pool: Pool, checkpoint: Checkpoint, on_phase: PhaseListener, before: int) -> BuiltWorld:
+    async def _load(
+        self, pool: Pool, checkpoint: Checkpoint, on_phase: PhaseListener, lost: BuiltWorld | None
+    ) -> BuiltWorld:
         """Loads the shards and empties the caches.
 
-        before: blocks that it had; 0: this is the first world.
+        lost: the world before this one, if there was one.
         """
-        if not before:
+        if lost is None:
             self._status.set_phase(worker_pb2.PHASE_LOADING)
         self._status.set_rank_states("loading")
         request = self._load_request(checkpoint)
@@ -227,9 +231,10 @@ class WorldBuilder:
             if request.persist_folder:
                 self._committed.share(Path(request.persist_folder) / COMMITTED)
             known = max(self._status.state.weight_version, await asyncio.to_thread(self._committed.read))
-            replies = await load_shards(pool, request, patience, on_progress=progress, known=known, first=not before)
+            first = lost is None
+            replies = await load_shards(pool, request, patience, on_progress=progress, known=known, first=first)
         except PoolError as error:
-            if pool.error is None and not before:
+            if pool.error is None and lost is None:
                 await _drop_shards(pool)
             raise BuildError("load", error) from error
         loaded = [reply.load_dense_shard_ok for reply in replies]
@@ -250,29 +255,39 @@ class WorldBuilder:
             await asyncio.to_thread(self._committed.read, shared=not any(shard.mapped for shard in loaded)),
         )
         num_blocks = min(shard.kv_blocks_available for shard in loaded)
-        if before:
-            num_blocks = min(num_blocks, before)
+        state_snapshots = min(shard.state_snapshots_available for shard in loaded)
+        if lost is not None:
+            num_blocks = min(num_blocks, lost.num_blocks)
+            state_snapshots = min(state_snapshots, lost.state_snapshots)
         self._check_capacity(num_blocks, loaded[0].kv_block_bytes)
         state_bytes = loaded[0].state_bytes
-        if state_bytes and not before:
-            self._report_state(state_bytes)
+        if state_bytes and lost is None:
+            self._report_state(state_bytes, state_snapshots, loaded[0].state_snapshot_bytes)
         on_phase("clear")
         try:
-            await pool.clear_kv_cache(num_blocks)
+            await pool.clear_kv_cache(num_blocks, state_snapshots=state_snapshots)
         except PoolError as error:
             raise BuildError("load", error) from error
         self._status.set_rank_states("ready")
         self._status.set_world(block_size=self._settings.block_size, kv_blocks=num_blocks)
         kv = GangCache(loaded[0].kv_layout, [shard.device_id for shard in loaded])
-        return BuiltWorld(pool, num_blocks, state_bytes, kv)
+        return BuiltWorld(pool, num_blocks, state_bytes, state_snapshots, kv)
 
-    def _report_state(self, state_bytes: int) -> None:
+    def _report_state(self, state_bytes: int, snapshots: int, snapshot_bytes: int) -> None:
         settings = self._settings
+        if not settings.prefix_cache:
+            cache = ""
+        elif snapshots:
+            cache = f"; {snapshots} snapshots of it for the prefix cache take {snapshot_bytes} bytes each"
+        elif settings.state_snapshots == 0:
+            cache = "; the prefix cache is off: blocks do not hold that state, and state_snapshots is 0"
+        else:
+            cache = "; the prefix cache is off: there is no room for snapshots of that state beside the blocks"
         logger.info(
             "recurrent state of %d sequences takes %d bytes of each rank, beside the KV blocks%s",
             settings.max_num_seqs,
             state_bytes,
-            "; the prefix cache is off: blocks do not hold that state" if settings.prefix_cache else "",
+            cache,
         )
 
     def _load_request(self, checkpoint: Checkpoint) -> worker_pb2.LoadDenseShardRequest:
@@ -289,6 +304,7 @@ class WorldBuilder:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             block_size=settings.block_size,
             kv_cache_bytes=settings.kv_cache_bytes,
+            state_snapshots=settings.state_snapshots if settings.prefix_cache else 0,
             persist_folder=persist_folder(settings, checkpoint),
             expert_parallel=settings.expert_parallel,
         )

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 from tpmodel_worker.engine.blocks import BlockPool
 from tpmodel_worker.engine.kept import Kept, KeptRequests
 from tpmodel_worker.engine.prefix_hash import extend_chain, root_hash
 from tpmodel_worker.engine.requests import SchedulerConfig
 from tpmodel_worker.engine.sequence import Sequence, SequenceStatus
+from tpmodel_worker.engine.snapshots import StateSnapshots
 from tpmodel_worker.engine.suspects import is_suspect, on_trial
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The beginning of a sequence that need not be computed."""
+
+    blocks: list[int]
+    known_blocks: int = 0
+    """Leading blocks that were found; `blocks` are the first of them, up to the last one with a snapshot behind it."""
 
 
 class Placement:
@@ -23,7 +34,11 @@ class Placement:
 
     def __init__(self, config: SchedulerConfig, *, weight_version: int) -> None:
         self.config = config
-        self.pool = BlockPool(config.num_blocks)
+        places = config.state_snapshots if config.prefix_cache and not config.share_blocks else 0
+        self.snapshots = StateSnapshots(
+            places, block_size=config.block_size, interval_blocks=config.snapshot_interval_blocks
+        )
+        self.pool = BlockPool(config.num_blocks, forgotten=self.snapshots.forget)
         self.slots: list[Sequence | None] = [None] * config.max_num_seqs
         self.waiting: list[Sequence] = []
         """In the order in which they are admitted."""
@@ -93,6 +108,8 @@ class Placement:
         sequence.computed_length = computed_length
         sequence.left = sequence.length_limit - known_length
         sequence.registered_blocks = len(shared)
+        sequence.snapshot_length = 0
+        sequence.parting_length = 0
         sequence.slot = heapq.heappop(self._free_slots)
 
     def _run(self, sequence: Sequence) -> None:
@@ -177,14 +194,38 @@ class Placement:
         self._releases.clear()
         return releases
 
-    def find_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks with the beginning of a waiting sequence's tokens; at least one token is left to compute."""
+    def find_prefix(self, sequence: Sequence) -> Prefix:
+        """What is cached of the beginning of a waiting sequence's tokens; at least one token is left to compute."""
         config = self.config
         if not config.prefix_cache:
-            return []
+            return Prefix([])
         most = (len(sequence.token_ids) - 1) // config.block_size
         extend_chain(sequence.block_hashes, self._root_hash, sequence.token_ids, config.block_size, most)
-        return self.pool.match(sequence.block_hashes[:most])
+        blocks = self.pool.match(sequence.block_hashes[:most])
+        usable = len(blocks) if config.share_blocks else self.snapshots.newest(sequence.block_hashes[: len(blocks)])
+        return Prefix(blocks[:usable], len(blocks))
+
+    def restore_state(self, sequence: Sequence, prefix: Prefix) -> int | None:
+        """The snapshot that a sequence placed behind a prefix begins with; None: it begins with an empty state."""
+        if self.config.share_blocks:
+            return None
+        block_size = self.config.block_size
+        sequence.snapshot_length = len(prefix.blocks) * block_size
+        sequence.parting_length = prefix.known_blocks * block_size
+        return self.snapshots.use(sequence.block_hashes[len(prefix.blocks) - 1]) if prefix.blocks else None
+
+    def save_state(self, sequence: Sequence) -> int | None:
+        """Where to copy the state that the sequence is left in by what is planned now; None: nowhere.
+
+        Its full blocks must be in the prefix cache.
+        """
+        if not self.snapshots.is_due(sequence):
+            return None
+        block_hash = sequence.block_hashes[sequence.computed_length // self.config.block_size - 1]
+        if not self.pool.is_known(block_hash):
+            return None
+        sequence.snapshot_length = sequence.computed_length
+        return self.snapshots.add(block_hash)
 
     def cache_prefix(self, sequence: Sequence, length: int) -> None:
         """Makes a running sequence's full blocks below `length` findable.

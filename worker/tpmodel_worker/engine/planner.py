@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from tpmodel.v1 import worker_pb2
-from tpmodel_worker.engine.placement import Placement
+from tpmodel_worker.engine.placement import Placement, Prefix
 from tpmodel_worker.engine.sequence import RequestState, Sequence, SequenceStatus
 from tpmodel_worker.engine.step_times import StepTimes
 
@@ -191,9 +191,20 @@ class Planner:
         # Only now, so that nobody admitted by this plan reads what the same step writes.
         for sequence in draft.prefilled:
             placement.cache_prefix(sequence, sequence.computed_length)
+        self._plan_snapshots(draft)
+
+    def _plan_snapshots(self, draft: Draft) -> None:
+        placement, saves = self._placement, draft.message.state_saves
+        for sequence in draft.prefilled:
+            if len(saves) == placement.snapshots.places:
+                # One more would take the place of one that is made in this very plan.
+                return
+            place = placement.save_state(sequence)
+            if place is not None:
+                saves.add(slot=sequence.slot, snapshot=place)
 
     def _plan_chunk(self, draft: Draft, sequence: Sequence, budget: int) -> int:
-        length = min(budget, sequence.known_length - sequence.computed_length)
+        length = self._placement.snapshots.chunk_end(sequence, budget) - sequence.computed_length
         sequence.computed_length += length
         sequence.last_plan = draft.number
         draft.prefilled.append(sequence)
@@ -221,8 +232,9 @@ class Planner:
             placement.receive(sequence)
             draft.receiving.append(sequence)
             return _Verdict.LATER
+        prefix = placement.find_prefix(sequence) if sibling is None else Prefix([])
         if sibling is None:
-            shared = placement.find_prefix(sequence)
+            shared = prefix.blocks
             computed_length = len(shared) * self._config.block_size
         else:
             computed_length = known_length - 1
@@ -232,7 +244,7 @@ class Planner:
         if needed - len(shared) + placement.pool.unheld(shared) + spare > placement.pool.available:
             return _Verdict.BLOCKED
         placement.place(sequence, shared=shared, computed_length=computed_length)
-        self._announce(draft, sequence)
+        self._announce(draft, sequence, snapshot=placement.restore_state(sequence, prefix))
         if sibling is not None and computed_length % self._config.block_size:
             # The block that both continue, each with its own tokens.
             index = len(shared)
@@ -249,8 +261,11 @@ class Planner:
         running = [sample for sample in state.samples if sample.status is SequenceStatus.RUNNING]
         return min(running, key=lambda sample: (sample.prefilling or sample in draft.prefilled, sample.order))
 
-    def _announce(self, draft: Draft, sequence: Sequence) -> None:
-        """Tells the ranks of a newly placed sequence, and the metrics of a newly admitted request."""
+    def _announce(self, draft: Draft, sequence: Sequence, *, snapshot: int | None = None) -> None:
+        """Tells the ranks of a newly placed sequence, and the metrics of a newly admitted request.
+
+        snapshot: of the recurrent state that it begins with.
+        """
         message = draft.message
         message.admissions.add(
             slot=sequence.slot,
@@ -259,6 +274,7 @@ class Planner:
             computed_length=sequence.computed_length,
             sampling=sequence.sampling,
             state_received=sequence.source is not None,
+            state_snapshot=snapshot,
         )
         message.block_table_deltas.add(slot=sequence.slot, start=0, blocks=sequence.blocks)
         if not sequence.state.admitted:

@@ -133,10 +133,10 @@ class Pool:
             self._end.log_cause(error)
             raise error
 
-    async def clear_kv_cache(self, num_blocks: int) -> None:
-        """Sizes every rank's KV cache (0: as it is) and empties it. Raises PoolError."""
-        requests = [worker_pb2.ClearKvCacheRequest(num_blocks=num_blocks)] * self.world_size
-        await self.control(requests, Patience(self._timeouts.clear))
+    async def clear_kv_cache(self, num_blocks: int, *, state_snapshots: int = 0) -> None:
+        """Sizes every rank's KV cache (num_blocks 0: all of it as it is) and empties it. Raises PoolError."""
+        request = worker_pb2.ClearKvCacheRequest(num_blocks=num_blocks, state_snapshots=state_snapshots)
+        await self.control([request] * self.world_size, Patience(self._timeouts.clear))
 
     async def unload(self) -> int:
         """Makes every rank drop its shard; the bytes that this freed. Raises PoolError."""

@@ -73,7 +73,7 @@ class Rebuilder:
             membership = await self._whole_gang()
             self.builds += 1
             try:
-                return await self._builder.build(membership, on_phase=times.begin, num_blocks=lost.num_blocks)
+                return await self._builder.build(membership, on_phase=times.begin, lost=lost)
             except BuildError as error:
                 if self._judge(error):
                     return None

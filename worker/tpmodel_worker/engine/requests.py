@@ -38,19 +38,32 @@ class SchedulerConfig:
     """Requests that may wait for their first slot."""
     prefix_cache: bool
     share_blocks: bool = True
-    """Whether a sequence can go on from blocks that another one filled. Without, every one begins at its first token:
-    there is no prefix cache, and the samples of a request share nothing."""
+    """Whether a sequence can go on from blocks that another one filled. Without, it needs a snapshot of the state
+    beside them, and the samples of a request share nothing."""
+    state_snapshots: int = 0
+    """Snapshots of recurrent state that the ranks can hold; 0 without share_blocks: there is no prefix cache."""
+    snapshot_interval_blocks: int = 16
+    """Blocks between two snapshots of one sequence, at least."""
     max_steps: int = MAX_STEPS
     """Most decode steps in a plan; ranks refuse more than MAX_STEPS."""
     multi_step_budget_seconds: float = 0.005
     """A plan of several steps is expected to last no longer than this."""
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_steps"):
+        for name in (
+            "num_blocks",
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_steps",
+            "snapshot_interval_blocks",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.prefix_cache and not self.share_blocks:
-            raise ValueError("prefix_cache needs share_blocks")
+        if self.prefix_cache and not self.share_blocks and self.state_snapshots < 1:
+            raise ValueError("prefix_cache needs share_blocks or state_snapshots")
+        if self.state_snapshots < 0:
+            raise ValueError(f"state_snapshots must not be negative: {self.state_snapshots}")
         if self.max_steps > MAX_STEPS:
             raise ValueError(f"max_steps must be at most {MAX_STEPS}, not {self.max_steps}")
         if self.max_model_len < 2:

@@ -85,6 +85,11 @@ class Sequence:
     left: int = 0
     """Outputs that no plan asks for yet."""
 
+    snapshot_length: int = 0
+    """Tokens behind which its recurrent state was last restored or copied; 0: neither."""
+    parting_length: int = 0
+    """Tokens in blocks that were found when it was placed, whether or not a snapshot lay behind them."""
+
     last_plan: int = 0
     """Number of the last plan that computes it."""
 

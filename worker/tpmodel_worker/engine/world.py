@@ -321,8 +321,9 @@ class World:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
             queue_limit=settings.queue_limit,
-            prefix_cache=settings.prefix_cache and not built.state_bytes,
+            prefix_cache=settings.prefix_cache and (not built.state_bytes or built.state_snapshots > 0),
             share_blocks=not built.state_bytes,
+            state_snapshots=built.state_snapshots,
         )
 
     # ---------------------------------------------------------------------------------------- ends

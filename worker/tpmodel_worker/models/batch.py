@@ -75,7 +75,10 @@ class StateShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """One linear-attention layer's state of all slots on one rank, views of the kv arena."""
+    """One linear-attention layer's state of all slots on one rank, views of the kv arena.
+
+    Behind the slots there may be rows that no batch names: copies of states.
+    """
 
     convolution: torch.Tensor
     """(slots, taps, channels) in the model's dtype: the last tokens' features before the convolution."""

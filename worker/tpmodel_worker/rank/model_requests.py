@@ -79,7 +79,8 @@ class ModelRequests:
         communicator = epoch.joined()
         self._leave_handovers("the KV cache is emptied")
         epoch.runner = None
-        epoch.runner = self._shard.clear(request.clear_kv_cache.num_blocks, communicator)
+        clear = request.clear_kv_cache
+        epoch.runner = self._shard.clear(clear.num_blocks, communicator, state_snapshots=clear.state_snapshots)
         epoch.failed_seq = 0
         self._show()
         self._status.update(state="serving", slots_used=0)

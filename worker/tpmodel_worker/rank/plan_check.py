@@ -10,7 +10,7 @@ import numpy as np
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.rank.errors import InvalidPlanError
 from tpmodel_worker.rank.slot_settings import SlotSettings
-from tpmodel_worker.rank.slots import HostSlots, Phase, SlotLimits
+from tpmodel_worker.rank.slots import HostSlots, Phase, SlotLimits, tokens_digest
 
 MAX_STEPS = 8
 
@@ -23,7 +23,8 @@ class PlanLimits:
     vocab_size: int
     max_step_tokens: int
     keeps_state: bool = False
-    """Whether layers keep a state, which blocks of KV do not hold: sequences then begin at their first token."""
+    """Whether layers keep a state, which blocks of KV do not hold: sequences then begin at their first token, or with a
+    snapshot of the state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,13 @@ def check_plan(plan: pb.GenerateStepRequest, host: HostSlots, limits: PlanLimits
     if changes:
         _check_releases(plan, outlook, limits.slots)
         _check_admissions(plan, outlook, limits)
+        _check_restores(plan, host, limits)
         _check_deltas(plan, outlook, limits.slots)
     _check_copies(plan, limits.slots)
     _check_steps(plan, limits)
     _check_decodes(plan, outlook, limits.slots)
     _check_chunks(plan, outlook, limits.slots)
+    _check_saves(plan, limits.slots)
 
 
 def _check_slot(slot: int, limits: SlotLimits) -> None:
@@ -91,7 +94,8 @@ def _check_admissions(plan: pb.GenerateStepRequest, outlook: _Outlook, limits: P
             raise InvalidPlanError(
                 f"slot {slot}: prompt_length {admission.prompt_length} is not in 1 to {known}, its number of token ids"
             )
-        if admission.computed_length and limits.keeps_state and not admission.state_received:
+        begins_later = admission.state_received or admission.HasField("state_snapshot")
+        if admission.computed_length and limits.keeps_state and not begins_later:
             raise InvalidPlanError(
                 f"slot {slot}: computed_length {admission.computed_length}, but the model's recurrent state "
                 "begins at token 0"
@@ -120,6 +124,37 @@ def _check_admissions(plan: pb.GenerateStepRequest, outlook: _Outlook, limits: P
         outlook.computed[slot] = admission.computed_length
         outlook.most_computed[slot] = admission.prompt_length + max_tokens - 1
         outlook.block_counts[slot] = 0
+
+
+def _check_restores(plan: pb.GenerateStepRequest, host: HostSlots, limits: PlanLimits) -> None:
+    for admission in plan.admissions:
+        if not admission.HasField("state_snapshot"):
+            continue
+        slot, snapshot, length = admission.slot, admission.state_snapshot, admission.computed_length
+        _check_snapshot(snapshot, limits.slots)
+        if admission.state_received:
+            raise InvalidPlanError(f"slot {slot}: its state was received, and is to be restored from a snapshot")
+        if host.snapshots[snapshot] != tokens_digest(np.array(admission.token_ids[:length], dtype=np.int64)):
+            raise InvalidPlanError(
+                f"slot {slot}: snapshot {snapshot} was not made behind the sequence's first {length} tokens"
+            )
+
+
+def _check_saves(plan: pb.GenerateStepRequest, limits: SlotLimits) -> None:
+    computing = {chunk.slot for chunk in plan.prefill_chunks}
+    seen: set[int] = set()
+    for save in plan.state_saves:
+        _check_snapshot(save.snapshot, limits)
+        if save.slot not in computing:
+            raise InvalidPlanError(f"slot {save.slot} has no prefill chunk, and its state is to be copied")
+        if save.snapshot in seen:
+            raise InvalidPlanError(f"snapshot {save.snapshot} is made twice")
+        seen.add(save.snapshot)
+
+
+def _check_snapshot(snapshot: int, limits: SlotLimits) -> None:
+    if snapshot >= limits.snapshots:
+        raise InvalidPlanError(f"snapshot {snapshot} is out of range: there are {limits.snapshots}")
 
 
 def _check_deltas(plan: pb.GenerateStepRequest, outlook: _Outlook, limits: SlotLimits) -> None:

@@ -88,6 +88,8 @@ class StepRunner:
                     logprobs=logprobs,
                 )
             )
+        if plan.state_saves:
+            self._save_states(plan.state_saves)
 
     def _apply(self, plan: pb.GenerateStepRequest) -> None:
         self.slots.release(plan.releases)
@@ -98,12 +100,28 @@ class StepRunner:
             known = self.slots.host.tokens[admission.slot].tolist()
             prompt, outputs = known[: admission.prompt_length], known[admission.prompt_length :]
             self._sampler.admit(admission.slot, admission.sampling, prompt, outputs)
-        begun = [admission.slot for admission in plan.admissions if not admission.state_received]
-        self._cache.reset_states(begun)
+        self._begin_states(plan.admissions)
         self.slots.extend(plan.block_table_deltas)
         for copies in _independent(plan.block_copies):
             pairs = np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64)
             self._cache.copy_blocks(*upload([pairs[:, 0], pairs[:, 1]], self._device))
+
+    def _begin_states(self, admissions: Sequence[pb.Admission]) -> None:
+        """Recurrent states of new sequences: empty, or a snapshot's, unless they are there already."""
+        restored = [admission for admission in admissions if admission.HasField("state_snapshot")]
+        if restored:
+            snapshots = [admission.state_snapshot for admission in restored]
+            self._cache.restore_states(snapshots, [admission.slot for admission in restored])
+        begun = [
+            admission.slot
+            for admission in admissions
+            if not admission.state_received and not admission.HasField("state_snapshot")
+        ]
+        self._cache.reset_states(begun)
+
+    def _save_states(self, saves: Sequence[pb.StateSave]) -> None:
+        self._cache.save_states([save.slot for save in saves], [save.snapshot for save in saves])
+        self.slots.note_saves(saves)
 
     def _step(
         self, decodes: DecodeRows | None, chunks: ChunkRows | None

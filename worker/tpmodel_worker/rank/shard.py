@@ -21,15 +21,9 @@ from tpmodel_worker.kv.transfer import RequestCache
 from tpmodel_worker.loading.load import LoadedModel, LoadFormat, PersistedShard, Progress, load_model
 from tpmodel_worker.loading.persisted import ShardFiles
 from tpmodel_worker.models.config import ModelConfig, parse_model_config
+from tpmodel_worker.rank.cache_sizes import KvDemand, KvShape, StateMemory, available_blocks, available_snapshots
 from tpmodel_worker.rank.errors import RequestError
-from tpmodel_worker.rank.kv_cache import (
-    KvCache,
-    KvDemand,
-    KvShape,
-    StateMemory,
-    available_blocks,
-    release_kv_arena,
-)
+from tpmodel_worker.rank.kv_cache import KvCache, release_kv_arena
 from tpmodel_worker.rank.plan_check import PlanLimits
 from tpmodel_worker.rank.runner import StepRunner
 from tpmodel_worker.rank.sampling import Sampler
@@ -173,14 +167,18 @@ class ShardHolder:
         shard = self._shard = self._describe(request, config, identity, loaded, ranks_on_host)
         if kept is not None and self._cache is not None and kept.demand == shard.demand:
             # What is free now lacks what the cache itself took.
+            shard.kv_shape = shard.kv_shape.with_snapshots(kept.kv_shape.snapshots)
             shard.blocks_available = kept.blocks_available
         else:
             self._drop_cache()
             try:
+                snapshots = available_snapshots(shard.kv_shape, shard.demand, self._device)
+                shard.kv_shape = shard.kv_shape.with_snapshots(snapshots)
                 shard.blocks_available = available_blocks(shard.kv_shape, shard.demand, self._device)
             except RequestError:
                 self.unload()
                 raise
+        states = shard.kv_shape.states
         return pb.LoadDenseShardOk(
             bytes=loaded.bytes,
             seconds=time.perf_counter() - started,
@@ -189,7 +187,9 @@ class ShardHolder:
             mapped=loaded.mapped or kept is not None,
             kv_blocks_available=shard.blocks_available,
             kv_block_bytes=shard.kv_shape.block_bytes,
-            state_bytes=shard.kv_shape.state_bytes,
+            state_bytes=shard.kv_shape.with_snapshots(0).state_bytes,
+            state_snapshots_available=shard.kv_shape.snapshots,
+            state_snapshot_bytes=states.snapshot_bytes if states is not None else 0,
             weight_version=loaded.weight_version,
             kv_layout=_kv_layout(shard).to_message(),
         )
@@ -226,11 +226,14 @@ class ShardHolder:
             weights_bytes=loaded.bytes,
             ranks_on_host=ranks_on_host,
             ranks_on_device=self._device_sharers,
+            state_snapshots=request.state_snapshots if request.HasField("state_snapshots") else None,
         )
         return _Shard(identity=identity, loaded=loaded, config=config, kv_shape=shape, demand=demand, request=request)
 
-    def clear(self, num_blocks: int, communicator: Communicator) -> StepRunner:
-        """An empty cache of num_blocks (0: as it is) and empty slots, for this epoch's communicator.
+    def clear(self, num_blocks: int, communicator: Communicator, *, state_snapshots: int = 0) -> StepRunner:
+        """An empty cache of num_blocks (0: all of it as it is) and empty slots, for this epoch's communicator.
+
+        state_snapshots: places for copies of recurrent state, in models that keep one.
 
         Raises:
             RequestError: no model is loaded, or there is no cache to keep.
@@ -242,10 +245,13 @@ class ShardHolder:
         wanted = num_blocks or self.kv_blocks
         if wanted == 0:
             raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, "num_blocks is 0 and there is no KV cache to keep")
-        if self._cache is None or self._cache.num_blocks != wanted or self._cache.shape != shard.kv_shape:
+        if not num_blocks and self._cache is not None:
+            state_snapshots = self._cache.shape.snapshots
+        shape = shard.kv_shape.with_snapshots(state_snapshots)
+        if self._cache is None or self._cache.num_blocks != wanted or self._cache.shape != shape:
             self._drop_cache()
             self._cache = KvCache(
-                shard.kv_shape,
+                shape,
                 wanted,
                 keeps_state=shard.loaded.model.keeps_state,
                 rank=self._rank,
@@ -261,6 +267,7 @@ class ShardHolder:
             block_size=request.block_size,
             max_blocks=-(-shard.config.max_model_len // request.block_size),
             num_blocks=cache.num_blocks,
+            snapshots=cache.shape.snapshots,
         )
         sampler = Sampler(
             communicator,

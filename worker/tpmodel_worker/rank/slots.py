@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class SlotLimits:
     """Blocks of one sequence at most."""
     num_blocks: int
     """Blocks of the cache, without the scratch block."""
+    snapshots: int = 0
+    """Places for copies of recurrent state."""
 
 
 class HostSlots:
@@ -52,6 +55,13 @@ class HostSlots:
         self.block_counts = np.zeros(slots, dtype=np.int64)
         self.block_tables = np.zeros((slots, limits.max_blocks), dtype=np.int32)
         self.tokens: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * slots
+        self.snapshots: list[bytes] = [b""] * limits.snapshots
+        """Which tokens each snapshot of recurrent state was made behind, as tokens_digest; empty: there is none."""
+
+
+def tokens_digest(tokens: np.ndarray) -> bytes:
+    """Names the beginning of a sequence: (N,) int64."""
+    return blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 class SlotTable:
@@ -127,6 +137,12 @@ class SlotTable:
             ids = admission.sampling.stop_token_ids
             row[: len(ids)] = ids
         return rows
+
+    def note_saves(self, saves: Sequence[pb.StateSave]) -> None:
+        """Slots' states were copied as they are now."""
+        host = self.host
+        for save in saves:
+            host.snapshots[save.snapshot] = tokens_digest(host.tokens[save.slot][: host.computed[save.slot]])
 
     def extend(self, deltas: Sequence[pb.BlockTableDelta]) -> None:
         """Writes blocks into block tables."""

@@ -72,6 +72,7 @@ def _run(settings: ServeSettings, holder: ShardHolder, device: torch.device) -> 
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=settings.block_size,
         kv_cache_bytes=_CACHE_BYTES,
+        state_snapshots=0,
         expert_parallel=settings.expert_parallel,
     )
     holder.load(request, communicator, ranks_on_host=1, progress=lambda _what, _done, _total: None)

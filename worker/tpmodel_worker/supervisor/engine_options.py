@@ -69,6 +69,7 @@ _OPTIONS: Mapping[str, _Option] = MappingProxyType(
         "block_size": _Option("block_size", _count(1, 256), "a whole number from 1 to 256"),
         "kv_cache_memory": _Option("kv_cache_bytes", _size, "a size such as 500M or 2Gi"),
         "prefix_cache": _Option("prefix_cache", _flag, "true or false"),
+        "state_snapshots": _Option("state_snapshots", _count(0), "a whole number of at least 0"),
         "queue_limit": _Option("queue_limit", _count(1), "a whole number of at least 1"),
         "api_processes": _Option("api_processes", _count(1, 64), "a whole number from 1 to 64"),
         "communicator": _Option("communicator", _choice(*_COMMUNICATORS), "auto, shared_memory, gloo or nccl"),
