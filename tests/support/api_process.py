@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -17,11 +16,12 @@ from tokenizers import Tokenizer
 
 from support.scripted_engine import Script, ScriptedEngine
 from support.text_checkpoint import write_text_checkpoint
+from tpmodel.local import free_ports
 from tpmodel.v1 import pod_pb2
 from tpmodel_worker.framing import read_message
 from tpmodel_worker.settings import ServeSettings
 
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 
 
 @dataclass(slots=True)
@@ -68,12 +68,6 @@ async def start_api(settings: ServeSettings, *, index: int) -> asyncio.subproces
         )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.asynccontextmanager
 async def api_under_test(
     script: Script, *, config: dict[str, Any] | None = None, **settings: Any
@@ -82,14 +76,15 @@ async def api_under_test(
     # Unix socket paths must be short.
     with tempfile.TemporaryDirectory(prefix="tpm-") as folder:
         root = Path(folder)
+        port, http_port = free_ports(2)
         tokenizer = write_text_checkpoint(root / "model", **(config or {}))
         values: dict[str, Any] = {
             "model_path": str(root / "model"),
             "model_id": "test/model",
             "served_name": "test-model",
             "runtime_dir": folder,
-            "port": free_port(),
-            "http_port": free_port(),
+            "port": port,
+            "http_port": http_port,
             "drain_timeout": 5.0,
         }
         chosen = ServeSettings(**(values | settings))

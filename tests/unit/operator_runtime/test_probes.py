@@ -1,19 +1,12 @@
 """Probes and metrics over HTTP, and what counts as unhealthy."""
 
 import asyncio
-import socket
 
 import aiohttp
 
+from tpmodel.local import free_ports
 from tpmodel_operator.metrics import Metrics
 from tpmodel_operator.probes import Health, finished, serving
-
-
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
 
 
 async def get(port: int, path: str) -> tuple[int, str]:
@@ -22,14 +15,14 @@ async def get(port: int, path: str) -> tuple[int, str]:
 
 
 async def test_a_process_without_a_task_yet_is_healthy_and_ready():
-    health_port, metrics_port = free_ports()
+    health_port, metrics_port = free_ports(2)
     async with serving(Health(), Metrics(), health_port=health_port, metrics_port=metrics_port):
         assert (await get(health_port, "/healthz"))[0] == 200
         assert (await get(health_port, "/readyz"))[0] == 200
 
 
 async def test_the_answers_name_what_is_wrong():
-    health_port, metrics_port = free_ports()
+    health_port, metrics_port = free_ports(2)
     health = Health()
     health.require_ready(lambda: ["pods are not in yet"])
     async with serving(health, Metrics(), health_port=health_port, metrics_port=metrics_port):
@@ -40,7 +33,7 @@ async def test_the_answers_name_what_is_wrong():
 
 
 async def test_metrics_are_served():
-    health_port, metrics_port = free_ports()
+    health_port, metrics_port = free_ports(2)
     metrics = Metrics()
     metrics.gang_restarts.labels("PodLost").inc()
     metrics.queue_depth.set_function(lambda: 7)

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from tpmodel.local import free_ports
 from tpmodel_worker.addresses import join_host_port
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor.ports import PortError, reserved_ports
@@ -17,12 +18,6 @@ NAMES = ("port", "http_port", "control_port", "health_port", "metrics_port")
 def settings(**ports: int) -> ServeSettings:
     anywhere = ServeSettings(model_path="m", model_id="m", served_name="m")
     return dataclasses.replace(anywhere, **(dict.fromkeys(NAMES, 0) | ports))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def listener(port: int, *, shared: bool) -> socket.socket:
@@ -42,7 +37,7 @@ def test_zero_becomes_a_port_of_its_own() -> None:
 
 
 def test_a_given_port_is_kept() -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     with reserved_ports(settings(port=port)) as held:
         assert held.port == port
 
@@ -70,7 +65,7 @@ def test_a_port_in_use_is_refused_naming_its_option(name: str, shared: bool) -> 
 
 
 def test_one_number_for_two_ports_is_refused() -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     with pytest.raises(PortError, match=f"--port and --http-port are both {port}"):
         reserved_ports(settings(port=port, http_port=port)).__enter__()
 
