@@ -75,7 +75,20 @@ class OperatorProcess:
     """The operator's process and what it has used."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._started = process
         self._process = psutil.Process(process.pid)
+
+    async def ended(self) -> int:
+        """Returns its exit code, once it has ended."""
+        descriptor = os.pidfd_open(self._started.pid)
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        return self._started.wait()
 
     def peak_rss(self) -> float:
         """MiB, since its start."""
@@ -104,7 +117,20 @@ def measure(load: Load) -> Outcome:
         floor = asyncio.run(_floor(cluster, load))
         print(f"floor: {floor:.1f} s", flush=True)
     with scale_cluster.running() as cluster, _operator(cluster) as operator:
-        return asyncio.run(_measure_operator(cluster, operator, load, floor))
+        return asyncio.run(_measure_while_it_runs(cluster, operator, load, floor))
+
+
+async def _measure_while_it_runs(cluster: ScaleCluster, operator: OperatorProcess, load: Load, floor: float) -> Outcome:
+    """Raises RuntimeError when the operator ends: nobody starts it again here, and nothing more would happen."""
+    measuring = asyncio.create_task(_measure_operator(cluster, operator, load, floor))
+    ended = asyncio.create_task(operator.ended())
+    await asyncio.wait({measuring, ended}, return_when=asyncio.FIRST_COMPLETED)
+    if measuring.done():
+        ended.cancel()
+        return measuring.result()
+    measuring.cancel()
+    await asyncio.gather(measuring, return_exceptions=True)
+    raise RuntimeError(f"the operator ended with exit code {ended.result()}: its last lines say why")
 
 
 async def _floor(cluster: ScaleCluster, load: Load) -> float:
