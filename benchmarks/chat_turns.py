@@ -12,25 +12,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import random
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.dummy_checkpoint import write_dummy_checkpoint
 from benchmarks.published_shapes import SHAPES, shape_of
 from tpmodel import AsyncClient
 from tpmodel.local import LocalServer
 
-DEFAULT_MODEL = Path(__file__).parent.parent / "examples" / "default_model"
 VOCABULARY = 2048
 """Of the tokenizer that the servers get; shapes may have more."""
 ANSWER_TOKENS, QUESTION_TOKENS = 32, 40
@@ -99,7 +96,8 @@ def main() -> None:
         parser.error(f"{longest} tokens in the last turn: {name} takes at most {config['max_position_embeddings']}")
     options = ["--max-model-len", str(longest), "--max-num-seqs", "8", "--step-deadline", STEP_DEADLINE]
     sides: list[list[Turn]] = []
-    with model_folder(config) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        write_dummy_checkpoint(Path(folder), config | {"bos_token_id": 0, "eos_token_id": 1})
         for more in (["--state-snapshots", "0"], []):
             options_here = ["--load-format", "dummy", *options, *more]
             with LocalServer(folder, tp=arguments.tp, device=arguments.device, options=options_here) as server:
@@ -122,18 +120,6 @@ def print_table(without: Sequence[Turn], kept: Sequence[Turn]) -> None:
         tokens, cached = round(statistics.median(plain.tokens)), round(statistics.median(fast.cached))
         times = statistics.median(plain.seconds) / statistics.median(fast.seconds)
         print(f"{number:>5} {tokens:>8} {plain.in_words():>22} {fast.in_words():>22} {cached:>8} {times:>6.2f}x")
-
-
-@contextmanager
-def model_folder(config: dict[str, Any]) -> Iterator[Path]:
-    """A checkpoint without weights."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
-        config = config | {"bos_token_id": 0, "eos_token_id": 1}
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(DEFAULT_MODEL / file, folder)
-        yield folder
 
 
 async def hold_chats(target: str, chats: int, turns: int, prompt_tokens: int) -> list[Turn]:

@@ -17,7 +17,7 @@ from tpmodel_worker.loading.plan import bind_parameters, plan_weights
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.models.config import parse_model_config
 from tpmodel_worker.models.registry import build_model
-from tpmodel_worker.rank.cache_sizes import KvShape, StateMemory
+from tpmodel_worker.rank.cache_sizes import KvShape
 from tpmodel_worker.rank.kv_cache import KvCache
 from tpmodel_worker.rank.plan_check import PlanLimits
 from tpmodel_worker.rank.runner import StepRunner
@@ -87,17 +87,7 @@ class OwnSteps:
         parsed = parse_model_config(config, world_size=communicator.world_size)
         self.model = dummy_model(config, communicator, dtype)
         self._vocabulary, self._step_tokens = parsed.vocab_size, step_tokens
-        states = None
-        if self.model.state_shape is not None:
-            states = StateMemory(self.model.state_shape, sum(self.model.keeps_state), max_seqs, dtype)
-        self.kv_shape = KvShape(
-            layers=self.model.keeps_state.count(False),
-            kv_heads=self.model.kv_heads,
-            head_dim=self.model.head_dim,
-            block_size=BLOCK_SIZE,
-            dtype=dtype,
-            states=states,
-        )
+        self.kv_shape = KvShape.of_model(self.model, block_size=BLOCK_SIZE, dtype=dtype, slots=max_seqs)
         blocks = max_tokens // BLOCK_SIZE + max_seqs
         slots = SlotLimits(max_slots=max_seqs, block_size=BLOCK_SIZE, max_blocks=blocks, num_blocks=blocks)
         cache = KvCache(
@@ -121,7 +111,7 @@ class OwnSteps:
             cache=cache,
             slots=SlotTable(slots, self.device),
             sampler=sampler,
-            limits=PlanLimits(slots, parsed.vocab_size, step_tokens, keeps_state=states is not None),
+            limits=PlanLimits(slots, parsed.vocab_size, step_tokens, keeps_state=self.kv_shape.states is not None),
             device=self.device,
         )
         self._seq = 0

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,11 +24,11 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.dummy_checkpoint import default_config, write_dummy_checkpoint
 from benchmarks.engine_client import engine_client
 from benchmarks.measured_server import MeasuredServer, measured_server
 from tpmodel import AsyncClient
 
-DEFAULT_MODEL = Path(__file__).parent.parent / "examples" / "default_model"
 PROMPT_TOKENS = 8
 MAX_MODEL_LEN = 1024
 START_SECONDS = 60.0
@@ -93,14 +91,6 @@ class ClientResult:
 def prompt(index: int) -> list[int]:
     """Ids of one stream's prompt."""
     return [16 + (31 * index + 7 * position) % 2000 for position in range(PROMPT_TOKENS)]
-
-
-def write_model(folder: Path) -> None:
-    """A model as small as can be, with a real tokenizer; its weights are made by the ranks."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEFAULT_MODEL / name, folder / name)
-    config = json.loads((DEFAULT_MODEL / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | CONFIG_CHANGES), encoding="utf-8")
 
 
 def measure(server: MeasuredServer, load: Load, run: Callable[[], ClientResult]) -> Figures:
@@ -278,7 +268,7 @@ def main() -> None:
           "| clients us/token | cores busy |")  # fmt: skip
     print("| --- |" + " ---: |" * 9)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
+        write_dummy_checkpoint(Path(folder), default_config() | CONFIG_CHANGES)
         for api_processes in arguments.api_processes:
             compare(Path(folder), api_processes, load, arguments.rounds)
 

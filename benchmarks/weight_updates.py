@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import re
-import shutil
 import statistics
 import tempfile
 import threading
@@ -35,6 +33,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.dummy_checkpoint import default_config, write_dummy_checkpoint
 from tpmodel import Client, TpmodelError
 from tpmodel.local import LocalServer
 from tpmodel.trainer import Trainer, UpdateOptions, connect
@@ -43,7 +42,6 @@ from tpmodel_worker.weights.group import join_update_group
 from tpmodel_worker.weights.member import GroupMember, default_backend
 from tpmodel_worker.weights.packing import DTYPES
 
-DEFAULT_MODEL = Path(__file__).parent.parent / "examples" / "default_model"
 HOST = "127.0.0.1"
 TOKEN = "benchmark"
 SECONDS = 300.0
@@ -202,14 +200,12 @@ class Bare:
 
 
 def make_model(folder: Path, shape: dict[str, int]) -> None:
-    """A configuration with a tokenizer; the weights are drawn by the ranks."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEFAULT_MODEL / name, folder / name)
-    config = json.loads((DEFAULT_MODEL / "config.json").read_text(encoding="utf-8"))
+    """A checkpoint of the shape, without weights."""
+    config = default_config()
     config |= shape | {"dtype": "bfloat16", "max_position_embeddings": 4096, "tie_word_embeddings": False}
     # Of the default model, for as many layers as that has.
     config.pop("layer_types", None)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_dummy_checkpoint(folder, config)
 
 
 def make_weights(trainer: Trainer, device: torch.device) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ import asyncio
 import math
 import os
 import signal
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,9 +108,7 @@ def test_the_memory_of_blocks_and_states_is_planned_together_and_reported_at_sta
     states = f"recurrent state of {SLOTS} sequences takes {state_bytes(SLOTS)} bytes of each rank, beside the KV blocks"
     states += f"; {SNAPSHOTS} snapshots of it for the prefix cache take {sum(state_parts())} bytes each"
     # Lines of several processes: that the server is ready may be read before what the engine has said.
-    deadline = time.monotonic() + 30
-    while not (blocks in served.server.output and states in served.server.output) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: blocks in served.server.output and states in served.server.output, "the engine reports both", 30)
     assert (served.server.output.count(blocks), served.server.output.count(states)) == (1, 1)
 
 

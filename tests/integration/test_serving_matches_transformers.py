@@ -24,7 +24,7 @@ from tpmodel import AsyncClient, Client
 from tpmodel.local import LocalServer
 from tpmodel_worker.models.config import read_model_config
 from tpmodel_worker.models.registry import build_model
-from tpmodel_worker.rank.cache_sizes import KvShape, StateMemory
+from tpmodel_worker.rank.cache_sizes import KvShape
 
 WHOLE = "whole_experts"
 MODELS = VARIANTS | ARCHITECTURES | {WHOLE: ARCHITECTURES["qwen3_moe"] | WHOLE_EXPERTS}
@@ -72,18 +72,8 @@ def options_for(checkpoint: Path, model: str, tp: int) -> list[str]:
     whole = model == WHOLE
     config = read_model_config(checkpoint, world_size=tp, expert_parallel=whole)
     rank = build_model(config, communicator=LockstepWorld(tp).communicators[0], dtype=torch.float32)
-    states, block = None, BLOCK
-    if rank.state_shape is not None:
-        states = StateMemory(rank.state_shape, sum(rank.keeps_state), SLOTS, torch.float32, SNAPSHOTS)
-        block = STATE_BLOCK
-    shape = KvShape(
-        layers=rank.keeps_state.count(False),
-        kv_heads=rank.kv_heads,
-        head_dim=rank.head_dim,
-        block_size=block,
-        dtype=torch.float32,
-        states=states,
-    )
+    block = BLOCK if rank.state_shape is None else STATE_BLOCK
+    shape = KvShape.of_model(rank, block_size=block, dtype=torch.float32, slots=SLOTS, snapshots=SNAPSHOTS)
     memory = shape.state_bytes + (CACHE_TOKENS // block + 1) * shape.block_bytes
     options = [*OPTIONS, "--block-size", str(block), "--kv-cache-memory", str(memory)]
     return [*options, "--state-snapshots", str(SNAPSHOTS), *(["--expert-parallel"] if whole else [])]

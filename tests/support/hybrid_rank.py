@@ -11,7 +11,7 @@ from support.shards import load_shard
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.comm.single import SingleCommunicator
-from tpmodel_worker.rank.cache_sizes import KvShape, StateMemory
+from tpmodel_worker.rank.cache_sizes import KvShape
 from tpmodel_worker.rank.kv_cache import KvCache
 from tpmodel_worker.rank.plan_check import PlanLimits
 from tpmodel_worker.rank.replies import StepOutcome
@@ -29,16 +29,8 @@ class HybridRank:
     def __init__(self, checkpoint: Path, arenas: ArenaClient) -> None:
         communicator = SingleCommunicator(CPU)
         model = load_shard(checkpoint, communicator)
-        assert model.state_shape is not None
-        states = StateMemory(model.state_shape, sum(model.keeps_state), SLOTS, torch.float32, SNAPSHOTS)
-        shape = KvShape(
-            layers=model.keeps_state.count(False),
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            block_size=BLOCK,
-            dtype=torch.float32,
-            states=states,
-        )
+        shape = KvShape.of_model(model, block_size=BLOCK, dtype=torch.float32, slots=SLOTS, snapshots=SNAPSHOTS)
+        assert shape.states is not None
         limits = SlotLimits(max_slots=SLOTS, block_size=BLOCK, max_blocks=16, num_blocks=BLOCKS, snapshots=SNAPSHOTS)
         self.runner = StepRunner(
             model=model,

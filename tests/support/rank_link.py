@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 from tpmodel.v1 import pod_pb2, worker_pb2
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.framing import receive_message, send_message
+
+
+@contextlib.contextmanager
+def open_rank_link() -> Iterator[RankLink]:
+    """One at a path of its own: a socket's has to be short."""
+    with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as link:
+        yield link
 
 
 class RankLink:

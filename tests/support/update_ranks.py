@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 
 from support.checkpoints import make_checkpoint
 from support.lockstep import LockstepWorld
-from support.rank_link import RankLink
+from support.rank_link import RankLink, open_rank_link
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.identity import ArenaId
@@ -163,9 +162,8 @@ class World:
         path.mkdir()
         (path / "config.json").write_bytes((self.folder / "checkpoint" / "config.json").read_bytes())
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
-        with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
-            with ArenaClient(holder.path) as arenas:
-                return [Rank(path, arenas, rank, world_size).parameters() for rank in range(world_size)]
+        with open_rank_link() as holder, ArenaClient(holder.path) as arenas:
+            return [Rank(path, arenas, rank, world_size).parameters() for rank in range(world_size)]
 
     def sets(self, rank: int) -> dict[int, int]:
         """Versions of the whole sets of weights that are held for a rank, by their number."""
@@ -193,10 +191,9 @@ class World:
 @contextlib.contextmanager
 def open_world(folder: Path) -> Iterator[World]:
     """A supervisor's memory for as long as the block lasts."""
-    with tempfile.TemporaryDirectory(prefix="tp") as sockets, RankLink(Path(sockets) / "s") as holder:
-        with ArenaClient(holder.path) as arenas:
-            with contextlib.closing(World(folder, arenas, holder)) as world:
-                yield world
+    with open_rank_link() as holder, ArenaClient(holder.path) as arenas:
+        with contextlib.closing(World(folder, arenas, holder)) as world:
+            yield world
 
 
 def refusal(call: Callable[[], object]) -> tuple[int, str]:

@@ -167,7 +167,7 @@ def prepare(
     options += ["--trainer-token-file", str(token_file), *further]
     # Threads of torch's own that wait for each other are slow where processors are few.
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
-    return LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=dict(variables))
+    return LocalServer(checkpoint, tp=tp, device="cpu", options=options, environment=variables)
 
 
 class Stream:

@@ -10,10 +10,10 @@ from support.checkpoints import make_checkpoint
 
 # Loads a checkpoint while a thread reads /proc/self/status every 10 ms; prints bytes over the idle process.
 SCRIPT = """
-import json, sys, tempfile, threading, time
+import json, sys, threading, time
 from pathlib import Path
 import torch
-from support.rank_link import RankLink
+from support.rank_link import open_rank_link
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.comm.single import SingleCommunicator
 from tpmodel_worker.loading.checkpoint_files import list_checkpoint_files
@@ -27,7 +27,7 @@ def resident():
 checkpoint, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 torch.set_num_threads(1)
 torch.ones(512, 512) @ torch.ones(512, 512)
-with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
+with open_rank_link() as holder:
     with ArenaClient(holder.path) as arenas:
         samples, stopped = [resident()], threading.Event()
         def poll():

@@ -1,7 +1,6 @@
 """Loading into an arena that the supervisor holds, and mapping it again without opening a file."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from support.checkpoints import make_checkpoint
 from support.lockstep import LockstepWorld
-from support.rank_link import RankLink
+from support.rank_link import open_rank_link
 from support.shards import PagedSequences
 from tpmodel.v1 import worker_pb2
 from tpmodel_worker.arenas.client import ArenaClient
@@ -26,8 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def holder():
-    # A socket's path has to be short.
-    with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as holder:
+    with open_rank_link() as holder:
         yield holder
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from tpmodel_operator import crd
 from tpmodel_operator.api import TPModelSpec, TPModelStatus
+from tpmodel_operator.engine_options import ENGINE_OPTIONS
 
 Node = tuple[str, dict[str, Any]]
 CRD = crd.render()
@@ -165,7 +166,9 @@ def test_every_rule_has_a_message_that_says_what_to_write() -> None:
     remedies = ("write", "leave", "use ", "belong", "add ", "engine options are", "only ")
     assert len(rules) > 60
     assert [rule["message"] for rule in rules if not any(word in rule["message"] for word in remedies)] == []
-    assert [rule["message"] for rule in rules if "\n" in rule["message"] or len(rule["message"]) > 300] == []
+    # The names of all options are a list, however many there are; what is said about them is bounded as all else is.
+    messages = [rule["message"].replace(", ".join(ENGINE_OPTIONS), "") for rule in rules]
+    assert [message for message in messages if "\n" in message or len(message) > 250] == []
 
 
 def test_the_status_carries_what_the_columns_show() -> None:

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from support.checkpoints import ARCHITECTURES, make_checkpoint, random_prompts
+from support.checkpoints import random_prompts
 from support.hybrid_rank import HybridRank
 from support.oracle import Reference, TieLedger
-from support.rank_link import RankLink
 from tpmodel.v1 import worker_pb2 as pb
-from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.rank.kv_cache import KvCache
-
-
-@pytest.fixture
-def arenas() -> Iterator[ArenaClient]:
-    # A socket's path has to be short.
-    with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as link:
-        with ArenaClient(link.path) as client:
-            yield client
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("hybrid"), **ARCHITECTURES["qwen3_5"])
-
 
 PROMPTS = random_prompts(4, shortest=20, longest=90, vocabulary=512, seed=7)
 
 
-def test_a_slot_that_is_filled_again_knows_nothing_of_its_last_sequence(checkpoint, arenas) -> None:
+def test_a_slot_that_is_filled_again_knows_nothing_of_its_last_sequence(hybrid_checkpoint, arenas) -> None:
     """After a release, and in the plan of the release; also after a sequence that ended amid its prompt."""
-    rank, reference, ledger = HybridRank(checkpoint, arenas), Reference(checkpoint), TieLedger()
+    rank, reference, ledger = HybridRank(hybrid_checkpoint, arenas), Reference(hybrid_checkpoint), TieLedger()
     for prompt in PROMPTS:
         served = rank.generate(1, prompt, 12, chunk=33)
         reference.check_greedy(prompt, served, ledger, what=f"prompt of {len(prompt)}")
@@ -52,9 +32,9 @@ def test_a_slot_that_is_filled_again_knows_nothing_of_its_last_sequence(checkpoi
     reference.check_greedy(PROMPTS[1], served, ledger, what="after half a prompt")
 
 
-def test_the_test_above_sees_a_slot_that_is_not_reset(checkpoint, arenas, monkeypatch) -> None:
+def test_the_test_above_sees_a_slot_that_is_not_reset(hybrid_checkpoint, arenas, monkeypatch) -> None:
     monkeypatch.setattr(KvCache, "reset_states", lambda _self, _slots: None)
-    rank, reference = HybridRank(checkpoint, arenas), Reference(checkpoint)
+    rank, reference = HybridRank(hybrid_checkpoint, arenas), Reference(hybrid_checkpoint)
     rank.generate(1, PROMPTS[0], 12)
     rank.execute(releases=[1])
     served = rank.generate(1, PROMPTS[1], 12)
@@ -62,9 +42,9 @@ def test_the_test_above_sees_a_slot_that_is_not_reset(checkpoint, arenas, monkey
         reference.check_greedy(PROMPTS[1], served, TieLedger(), what="leak")
 
 
-def test_a_slot_that_has_finished_disturbs_no_other(checkpoint, arenas) -> None:
+def test_a_slot_that_has_finished_disturbs_no_other(hybrid_checkpoint, arenas) -> None:
     """It idles in the same steps, with a state of its own."""
-    rank, reference, ledger = HybridRank(checkpoint, arenas), Reference(checkpoint), TieLedger()
+    rank, reference, ledger = HybridRank(hybrid_checkpoint, arenas), Reference(hybrid_checkpoint), TieLedger()
     rank.generate(0, PROMPTS[0], 3)
     rank.generate(2, PROMPTS[2], 1)
     for _ in range(10):

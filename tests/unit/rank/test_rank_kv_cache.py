@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 import torch
 
-from support.rank_link import RankLink
-from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.models.batch import LayerKvCache, LayerState, StateShape
 from tpmodel_worker.rank.cache_sizes import KvShape, StateMemory
 from tpmodel_worker.rank.kv_cache import KvCache
@@ -20,14 +13,6 @@ BLOCK, SLOTS = 8, 3
 STATE = StateShape(channels=7, taps=3, value_heads=2, key_dim=4, value_dim=6)
 MEMORY = StateMemory(STATE, layers=2, slots=SLOTS, dtype=torch.bfloat16)
 SHAPE = KvShape(layers=1, kv_heads=1, head_dim=2, block_size=BLOCK, dtype=torch.bfloat16, states=MEMORY)
-
-
-@pytest.fixture
-def arenas() -> Iterator[ArenaClient]:
-    # A socket's path has to be short.
-    with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as link:
-        with ArenaClient(link.path) as client:
-            yield client
 
 
 def test_layers_get_what_they_keep_and_a_reset_empties_only_its_slots(arenas) -> None:

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 
-from support.checkpoints import ARCHITECTURES, make_checkpoint, random_prompts
+from support.checkpoints import random_prompts
 from support.hybrid_rank import SLOTS, HybridRank
 from support.oracle import Reference, TieLedger
-from support.rank_link import RankLink
-from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.rank.errors import InvalidPlanError
 from tpmodel_worker.rank.kv_cache import KvCache
 
 PROMPTS = random_prompts(4, shortest=20, longest=90, vocabulary=512, seed=7)
-
-
-@pytest.fixture
-def arenas() -> Iterator[ArenaClient]:
-    # A socket's path has to be short.
-    with tempfile.TemporaryDirectory(prefix="tp") as folder, RankLink(Path(folder) / "s") as link:
-        with ArenaClient(link.path) as client:
-            yield client
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("hybrid"), **ARCHITECTURES["qwen3_5"])
 
 
 def shared_prefix() -> tuple[list[int], list[int]]:
@@ -38,9 +21,9 @@ def shared_prefix() -> tuple[list[int], list[int]]:
     return common + PROMPTS[2][:21], common + PROMPTS[3][:19]
 
 
-def test_a_sequence_goes_on_from_a_snapshot_of_another_ones_state(checkpoint, arenas) -> None:
+def test_a_sequence_goes_on_from_a_snapshot_of_another_ones_state(hybrid_checkpoint, arenas) -> None:
     """In its blocks, in another slot, after the first one's slot was left and filled with something else."""
-    rank, reference, ledger = HybridRank(checkpoint, arenas), Reference(checkpoint), TieLedger()
+    rank, reference, ledger = HybridRank(hybrid_checkpoint, arenas), Reference(hybrid_checkpoint), TieLedger()
     first, second = shared_prefix()
     served = rank.generate(0, first, 12, chunk=40, save=1)
     reference.check_greedy(first, served, ledger, what="before")
@@ -84,9 +67,11 @@ SAVE, RESTORE = KvCache.save_states, KvCache.restore_states
         ("restore_states", restore_the_other_snapshot),
     ],
 )
-def test_the_test_above_sees_a_state_that_comes_from_elsewhere(checkpoint, arenas, monkeypatch, method, wrong) -> None:
+def test_the_test_above_sees_a_state_that_comes_from_elsewhere(
+    hybrid_checkpoint, arenas, monkeypatch, method, wrong
+) -> None:
     monkeypatch.setattr(KvCache, method, wrong)
-    rank, reference = HybridRank(checkpoint, arenas), Reference(checkpoint)
+    rank, reference = HybridRank(hybrid_checkpoint, arenas), Reference(hybrid_checkpoint)
     first, second = shared_prefix()
     rank.generate(0, first, 2, chunk=40, save=1)
     rank.generate(2, PROMPTS[1], 2, save=0)
@@ -95,9 +80,9 @@ def test_the_test_above_sees_a_state_that_comes_from_elsewhere(checkpoint, arena
         reference.check_greedy(second, served, TieLedger(), what="from elsewhere")
 
 
-def test_a_snapshot_that_was_written_over_is_refused_behind_its_old_tokens(checkpoint, arenas) -> None:
+def test_a_snapshot_that_was_written_over_is_refused_behind_its_old_tokens(hybrid_checkpoint, arenas) -> None:
     """P10: before anything is touched, so the slot can still be filled."""
-    rank, reference = HybridRank(checkpoint, arenas), Reference(checkpoint)
+    rank, reference = HybridRank(hybrid_checkpoint, arenas), Reference(hybrid_checkpoint)
     first, second = shared_prefix()
     rank.generate(0, first, 2, chunk=40, save=1)
     rank.generate(2, PROMPTS[1], 2, save=1)

@@ -104,6 +104,16 @@ class TestTwoSets:
         assert rank.loaded is not None
         assert sum(entry.digest for entry in world.manifest(rank.rank).digests) % (1 << 64) == rank.loaded.digest
 
+    def undecided(
+        self, world: World, *, committed: int, version: int
+    ) -> tuple[list[Rank], list[dict[str, torch.Tensor]]]:
+        """Two ranks with both sets, of which so many have taken the new one; what each is to have with a version."""
+        ranks = world.ranks(2)
+        expected = self.expected(world, ranks, version)
+        prepared(ranks, world.new_weights(), shadow=True)
+        commit_on(ranks[:committed])
+        return ranks, expected
+
     def expected(self, world: World, ranks: list[Rank], version: int) -> list[dict[str, torch.Tensor]]:
         return world.loaded_elsewhere(world.new_weights() if version else world.checkpoint(), len(ranks))
 
@@ -118,10 +128,7 @@ class TestTwoSets:
         self, world: World, committed: int, version: int
     ) -> None:
         """Whether they had taken the new one or not."""
-        ranks = world.ranks(2)
-        expected = self.expected(world, ranks, version)
-        prepared(ranks, world.new_weights(), shadow=True)
-        commit_on(ranks[:committed])
+        ranks, expected = self.undecided(world, committed=committed, version=version)
         assert [self.found(rank) for rank in ranks] == [(0, 4), (0, 4)]
         arenas = open_arenas()
         for rank in ranks:
@@ -137,10 +144,7 @@ class TestTwoSets:
     def test_ranks_that_are_made_again_map_whichever_the_engine_chooses(
         self, world: World, committed: int, version: int
     ) -> None:
-        ranks = world.ranks(2)
-        expected = self.expected(world, ranks, version)
-        prepared(ranks, world.new_weights(), shadow=True)
-        commit_on(ranks[:committed])
+        ranks, expected = self.undecided(world, committed=committed, version=version)
         for rank, wanted in zip(ranks, expected, strict=True):
             again = world.made_again(rank, version)
             assert again.loaded is not None

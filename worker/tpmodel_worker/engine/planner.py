@@ -232,13 +232,13 @@ class Planner:
             placement.receive(sequence)
             draft.receiving.append(sequence)
             return _Verdict.LATER
-        prefix = placement.find_prefix(sequence) if sibling is None else Prefix([])
         if sibling is None:
-            shared = prefix.blocks
-            computed_length = len(shared) * self._config.block_size
+            prefix = placement.find_prefix(sequence)
+            computed_length = len(prefix.blocks) * self._config.block_size
         else:
             computed_length = known_length - 1
-            shared = sibling.blocks[: computed_length // self._config.block_size]
+            prefix = Prefix(sibling.blocks[: computed_length // self._config.block_size])
+        shared = prefix.blocks
         # Everybody running is left a block to grow into, or the newcomer would soon be sent back.
         spare = placement.slots_used
         if needed - len(shared) + placement.pool.unheld(shared) + spare > placement.pool.available:

@@ -11,6 +11,7 @@ import torch
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.host import free_host_bytes
 from tpmodel_worker.models.batch import StateShape
+from tpmodel_worker.models.causal_lm import CausalLanguageModel
 from tpmodel_worker.rank.errors import RequestError
 
 _HOST_FRACTION = 0.25
@@ -45,18 +46,25 @@ class StateMemory:
     @property
     def snapshot_bytes(self) -> int:
         """Bytes of one more snapshot, but for rounding."""
-        convolution = math.prod(self.shape.convolution) * self.dtype.itemsize
-        return self.layers * (convolution + math.prod(self.shape.recurrent) * torch.float32.itemsize)
+        return self._convolution_row_bytes + self._recurrent_row_bytes
 
     @property
     def convolution_bytes(self) -> int:
         """Bytes of the features that convolutions look back at."""
-        return aligned(self.layers * self.rows * math.prod(self.shape.convolution) * self.dtype.itemsize)
+        return aligned(self.rows * self._convolution_row_bytes)
 
     @property
     def recurrent_bytes(self) -> int:
         """Bytes of the recurrent state."""
-        return aligned(self.layers * self.rows * math.prod(self.shape.recurrent) * torch.float32.itemsize)
+        return aligned(self.rows * self._recurrent_row_bytes)
+
+    @property
+    def _convolution_row_bytes(self) -> int:
+        return self.layers * math.prod(self.shape.convolution) * self.dtype.itemsize
+
+    @property
+    def _recurrent_row_bytes(self) -> int:
+        return self.layers * math.prod(self.shape.recurrent) * torch.float32.itemsize
 
     @property
     def bytes(self) -> int:
@@ -75,6 +83,23 @@ class KvShape:
     block_size: int
     dtype: torch.dtype
     states: StateMemory | None = None
+
+    @classmethod
+    def of_model(
+        cls, model: CausalLanguageModel, *, block_size: int, dtype: torch.dtype, slots: int, snapshots: int = 0
+    ) -> KvShape:
+        """What this rank's shard of a model keeps; slots, snapshots: as in StateMemory, where it keeps a state."""
+        states = None
+        if model.state_shape is not None:
+            states = StateMemory(model.state_shape, sum(model.keeps_state), slots, dtype, snapshots)
+        return cls(
+            layers=model.keeps_state.count(False),
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            block_size=block_size,
+            dtype=dtype,
+            states=states,
+        )
 
     @property
     def snapshots(self) -> int:

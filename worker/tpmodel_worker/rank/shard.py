@@ -21,7 +21,7 @@ from tpmodel_worker.kv.transfer import RequestCache
 from tpmodel_worker.loading.load import LoadedModel, LoadFormat, PersistedShard, Progress, load_model
 from tpmodel_worker.loading.persisted import ShardFiles
 from tpmodel_worker.models.config import ModelConfig, parse_model_config
-from tpmodel_worker.rank.cache_sizes import KvDemand, KvShape, StateMemory, available_blocks, available_snapshots
+from tpmodel_worker.rank.cache_sizes import KvDemand, KvShape, available_blocks, available_snapshots
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.rank.kv_cache import KvCache, release_kv_arena
 from tpmodel_worker.rank.plan_check import PlanLimits
@@ -203,17 +203,7 @@ class ShardHolder:
         ranks_on_host: int,
     ) -> _Shard:
         model, dtype = loaded.model, _DTYPES[identity.dtype]
-        states = None
-        if model.state_shape is not None:
-            states = StateMemory(model.state_shape, sum(model.keeps_state), request.max_num_seqs, dtype)
-        shape = KvShape(
-            layers=model.keeps_state.count(False),
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            block_size=request.block_size,
-            dtype=dtype,
-            states=states,
-        )
+        shape = KvShape.of_model(model, block_size=request.block_size, dtype=dtype, slots=request.max_num_seqs)
         # Beside them a few copies of the logits.
         token_bytes = config.activations_per_token(identity.world_size) * shape.dtype.itemsize
         demand = KvDemand(
