@@ -82,6 +82,7 @@ def measure_own(communicator: Communicator, arguments: argparse.Namespace) -> Me
         max_seqs=max(arguments.batch),
         max_tokens=max(max(arguments.batch) * (arguments.context + arguments.steps + 32), max(arguments.prompt) + 16),
         step_tokens=max(arguments.prompt),
+        expert_parallel=arguments.expert_parallel,
     )
     floor = StepFloor(own, getattr(torch, arguments.dtype))
     if communicator.rank == 0:
@@ -190,6 +191,8 @@ def print_table(arguments: argparse.Namespace, own: list[float], floors: list[fl
     where = f"tp {arguments.tp}"
     if arguments.only_rank_of:
         where = f"rank 0 of {arguments.only_rank_of} alone, no collectives"
+    if arguments.expert_parallel:
+        where += ", whole experts"
     layers = f", {arguments.layers} layers" if arguments.layers else ""
     print(f"\n{arguments.shape}{layers}, {where}; decodes at {arguments.context} tokens of context\n")
     print("| step | tpmodel, ms | tokens/s | transformers, ms | times | floor, ms | of the floor |")
@@ -212,6 +215,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--context", type=int, default=512, help="tokens of each sequence that decodes")
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a round")
+    parser.add_argument("--expert-parallel", action="store_true", help="ranks hold whole experts")
     parser.add_argument("--no-peer", action="store_true", help="without transformers")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")

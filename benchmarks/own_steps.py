@@ -15,7 +15,7 @@ from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.plan import bind_parameters, plan_weights
 from tpmodel_worker.models.causal_lm import CausalLanguageModel
-from tpmodel_worker.models.config import parse_model_config
+from tpmodel_worker.models.config import ModelConfig, parse_model_config
 from tpmodel_worker.models.registry import build_model
 from tpmodel_worker.rank.cache_sizes import KvShape
 from tpmodel_worker.rank.kv_cache import KvCache
@@ -81,11 +81,13 @@ class OwnSteps:
         max_seqs: int,
         max_tokens: int,
         step_tokens: int,
+        expert_parallel: bool,
     ) -> None:
         """max_tokens: of all sequences together; step_tokens: most that one step prefills."""
         self.device = communicator.device
-        parsed = parse_model_config(config, world_size=communicator.world_size)
-        self.model = dummy_model(config, communicator, dtype)
+        world_size = communicator.world_size
+        parsed = parse_model_config(config, world_size=world_size, expert_parallel=expert_parallel)
+        self.model = dummy_model(parsed, communicator, dtype)
         self._vocabulary, self._step_tokens = parsed.vocab_size, step_tokens
         self.kv_shape = KvShape.of_model(self.model, block_size=BLOCK_SIZE, dtype=dtype, slots=max_seqs)
         blocks = max_tokens // BLOCK_SIZE + max_seqs
@@ -166,10 +168,9 @@ class OwnSteps:
 
 
 @torch.inference_mode()
-def dummy_model(config: dict[str, Any], communicator: Communicator, dtype: torch.dtype) -> CausalLanguageModel:
+def dummy_model(config: ModelConfig, communicator: Communicator, dtype: torch.dtype) -> CausalLanguageModel:
     """A rank's shard with weights that the device draws: another draw than --load-format dummy, and quicker."""
-    parsed = parse_model_config(config, world_size=communicator.world_size)
-    model = build_model(parsed, communicator=communicator, dtype=dtype)
+    model = build_model(config, communicator=communicator, dtype=dtype)
     plan = plan_weights(model)
     arena = Arena.create(ArenaId(communicator.rank, "weights", 0), plan.size, communicator.device)
     for tensor in plan.tensors.values():
@@ -179,4 +180,6 @@ def dummy_model(config: dict[str, Any], communicator: Communicator, dtype: torch
         else:
             view.normal_(std=0.02)
     bind_parameters(model, plan, arena)
+    # The parameters keep the memory; once they are gone, a peer needs it.
+    arena.close()
     return model

@@ -118,6 +118,13 @@ def test_dummy_weights_are_those_of_any_other_world():
     torch.testing.assert_close(run(True, 4), run(False, 2), atol=1e-4, rtol=0)
 
 
+def test_memory_is_planned_for_all_features_of_an_expert():
+    """On a device that the router sends every token to."""
+    shape = BASE | SPARSE["qwen3_moe"] | {"moe_intermediate_size": 400}
+    parts, whole = (parse_model_config(shape, world_size=4, expert_parallel=whole) for whole in (False, True))
+    assert whole.activations_per_token(4) - parts.activations_per_token(4) == 3 * 4 * (400 - 100)
+
+
 def test_experts_that_ranks_cannot_share_are_refused_with_the_sizes_that_work():
     shape = BASE | EXPERTS
     with pytest.raises(ConfigError, match=r"world size 2: num_experts 9 is not divisible by it; sizes that work: 1$"):

@@ -7,13 +7,12 @@ through the block table, tile by tile, with a running maximum and sum (online so
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from tpmodel_worker.kernels.attention import PagedAttention
+from tpmodel_worker.kernels.launch import KernelLauncher, power_of_two
 from tpmodel_worker.models.batch import ForwardBatch, LayerKvCache
 
 DECODE_ROWS = 16
@@ -62,7 +61,7 @@ def _group(query: torch.Tensor, cache: LayerKvCache) -> int:
 
 
 def _rows(rows: int, query: torch.Tensor, cache: LayerKvCache) -> int:
-    return max(rows, 1 << (_group(query, cache) - 1).bit_length())
+    return max(rows, power_of_two(_group(query, cache)))
 
 
 def _queries_per_tile(rows: int, query: torch.Tensor, cache: LayerKvCache) -> int:
@@ -84,41 +83,25 @@ def _launch(
     if query.stride(2) != 1 or cache.keys.stride() != cache.values.stride() or cache.keys.stride(3) != 1:
         raise ValueError("heads have to be contiguous, and keys to lie as values do")
     kv_heads, head_dim = cache.keys.shape[2:]
-    constants: dict[str, Any] = {
-        "BLOCK_SIZE": cache.keys.shape[1],
-        "HEAD_DIM": head_dim,
-        "PADDED_HEAD_DIM": max(16, 1 << (head_dim - 1).bit_length()),
-        "GROUP": _group(query, cache),
-        "ROWS": _rows(rows, query, cache),
-        # Half as many keys where an element is twice as large.
-        "KEYS": KEY_TILE if query.element_size() == 2 else KEY_TILE // 2,
-        "DECODE": decode,
-    }
-    attend_tile[(programs, kv_heads)](
-        query,
-        cache.keys,
-        cache.values,
-        output,
-        batch.block_tables,
-        batch.kv_lengths,
-        batch.query_starts,
+    # Half as many keys where an element is twice as large.
+    keys_of_tile = KEY_TILE if query.element_size() == 2 else KEY_TILE // 2
+    group, rows_of_tile = _group(query, cache), _rows(rows, query, cache)
+    attend_tile(
+        (programs, kv_heads),
+        *(query, cache.keys, cache.values, output, batch.block_tables, batch.kv_lengths, batch.query_starts),
         scale * 1.4426950408889634,  # scores in powers of two: exp2 is the cheaper one
-        first,
-        len(batch.query_lengths),
-        query.stride(0),
-        query.stride(1),
-        output.stride(0),
-        output.stride(1),
-        batch.block_tables.stride(0),
-        cache.keys.stride(0),
-        cache.keys.stride(1),
-        cache.keys.stride(2),
-        **constants,
+        *(first, len(batch.query_lengths), *query.stride()[:2], *output.stride()[:2], batch.block_tables.stride(0)),
+        *cache.keys.stride()[:3],
+        constants=(
+            *(cache.keys.shape[1], head_dim, max(16, power_of_two(head_dim)), group, rows_of_tile, keys_of_tile),
+            decode,
+        ),
     )
 
 
 # Numbers that change from step to step must not make new kernels: while one is compiled, every stream waits. The block
 # table of a step is as wide as its longest sequence, so its stride is such a number.
+@KernelLauncher
 @triton.jit(do_not_specialize=["first_sequence", "sequences", "table_stride"])
 def attend_tile(
     query,

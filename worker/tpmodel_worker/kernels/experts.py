@@ -62,6 +62,10 @@ def mix_experts(
         outputs = multiply_grouped(rows, counts, gate_up, down)
     else:
         outputs = multiply_looped(rows, counts, gate_up, down)
+    if outputs.is_cuda:
+        from tpmodel_worker.kernels.experts_triton import combine_rows
+
+        return combine_rows(outputs, order, expert_weights, reached=counts.sum())
     outputs *= expert_weights.flatten().index_select(0, order).unsqueeze(1)
     if first is not None:
         # What is in the last rows is no number that anything computed.

@@ -5,16 +5,17 @@ Sorting the tokens by expert, as grouped products need, would take longer than t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from tpmodel_worker.kernels.launch import KernelLauncher, power_of_two, tiles
 
 TOKENS = 16
 """Rows of a product: the least that the matrix units take."""
 OUTPUT_TILE = 32
 INPUT_TILE = 128
+COMBINED_TILE = 1024
 
 
 def route_rows(logits: torch.Tensor, per_token: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,15 +32,12 @@ def route_rows(logits: torch.Tensor, per_token: int, *, normalise: bool) -> tupl
     tokens, experts = logits.shape
     ids = torch.empty((tokens, per_token), dtype=torch.int64, device=logits.device)
     weights = torch.empty((tokens, per_token), dtype=logits.dtype, device=logits.device)
-    constants: dict[str, Any] = {
-        "EXPERTS": experts,
-        "PADDED": triton.next_power_of_2(experts),
-        "CHOSEN": per_token,
-        "CHOSEN_PADDED": triton.next_power_of_2(per_token),
-        "NORMALISE": normalise,
-        "num_warps": 4 if experts > 128 else 1,
-    }
-    route_row[(tokens,)](logits, ids, weights, **constants)
+    route_row(
+        (tokens,),
+        *(logits, ids, weights),
+        constants=(experts, power_of_two(experts), per_token, power_of_two(per_token), normalise),
+        warps=4 if experts > 128 else 1,
+    )
     return ids, weights
 
 
@@ -60,28 +58,53 @@ def mix_few(
     # Pairs whose expert is elsewhere are written by nobody.
     empty = torch.empty if first is None else torch.zeros
     outputs = empty((tokens, per_token, hidden_size), dtype=hidden.dtype, device=hidden.device)
-    common: dict[str, Any] = {
-        "CHOSEN": per_token,
-        "PAIRS": triton.next_power_of_2(max(pairs, TOKENS)),
-        "TOKENS": TOKENS,
-        "OUTPUTS": OUTPUT_TILE,
-        "num_stages": 3,
-    }
-    activate_experts[(experts, triton.cdiv(features, OUTPUT_TILE))](
-        hidden, expert_ids, gate_up, inner, pairs, first or 0, hidden_size, features,
-        INPUTS=_input_tile(hidden_size), **common,
-    )  # fmt: skip
-    project_experts[(experts, triton.cdiv(hidden_size, OUTPUT_TILE))](
-        inner, expert_ids, expert_weights, down, outputs, pairs, first or 0, hidden_size, features,
-        INPUTS=_input_tile(features), **common,
-    )  # fmt: skip
+    common = (per_token, power_of_two(max(pairs, TOKENS)), TOKENS, OUTPUT_TILE)
+    sizes = (pairs, first or 0, hidden_size, features)
+    activate_experts(
+        (experts, tiles(features, OUTPUT_TILE)),
+        *(hidden, expert_ids, gate_up, inner, *sizes),
+        constants=(*common, _input_tile(hidden_size)),
+    )
+    project_experts(
+        (experts, tiles(hidden_size, OUTPUT_TILE)),
+        *(inner, expert_ids, expert_weights, down, outputs, *sizes),
+        constants=(*common, _input_tile(features)),
+    )
     return outputs.sum(1)
 
 
-def _input_tile(size: int) -> Any:
-    return min(INPUT_TILE, max(16, triton.next_power_of_2(size)))
+def combine_rows(
+    outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, *, reached: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of each token's experts' outputs, which lie sorted by expert.
+
+    Args:
+        outputs: (T * k, hidden size), contiguous; the rows from `reached` on hold nothing.
+        order: (T * k,) int64, which pair of token and expert each row is of.
+        weights: (T, k), contiguous.
+        reached: () int64, how many rows products have reached.
+
+    Returns:
+        (T, hidden size) in outputs' dtype, added in float32 in the order of each token's experts.
+    """
+    tokens, per_token = weights.shape
+    rows = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    hidden_size = outputs.shape[1]
+    combined = torch.empty((tokens, hidden_size), dtype=outputs.dtype, device=outputs.device)
+    tile = min(COMBINED_TILE, power_of_two(hidden_size))
+    combine_row(
+        (tokens, tiles(hidden_size, tile)),
+        *(outputs, rows, weights, reached, combined, hidden_size),
+        constants=(per_token, tile),
+    )
+    return combined
 
 
+def _input_tile(size: int) -> int:
+    return min(INPUT_TILE, max(16, power_of_two(size)))
+
+
+@KernelLauncher
 @triton.jit
 def route_row(
     logits,
@@ -116,6 +139,7 @@ def route_row(
 
 
 # Numbers that change from step to step must not make new kernels.
+@KernelLauncher
 @triton.jit(do_not_specialize=["pairs", "first"])
 def activate_experts(
     hidden,
@@ -164,6 +188,7 @@ def activate_experts(
         tl.store(place, result, mask=here[:, None] & wanted[None, :])
 
 
+@KernelLauncher
 @triton.jit(do_not_specialize=["pairs", "first"])
 def project_experts(
     inner,
@@ -208,3 +233,29 @@ def project_experts(
         result = (total * share[:, None]).to(outputs.dtype.element_ty)
         place = outputs + pair[:, None] * hidden_size + feature[None, :]
         tl.store(place, result, mask=here[:, None] & wanted[None, :])
+
+
+@KernelLauncher
+@triton.jit
+def combine_row(
+    outputs,
+    rows,
+    weights,
+    reached,
+    combined,
+    hidden_size,
+    CHOSEN: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+):
+    """One token, a tile of the hidden size."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < hidden_size
+    end = tl.load(reached)
+    total = tl.zeros([TILE], dtype=tl.float32)
+    for number in tl.static_range(CHOSEN):  # pyright: ignore[reportGeneralTypeIssues] (unrolled by the compiler)
+        row = tl.load(rows + token * CHOSEN + number)
+        share = tl.load(weights + token * CHOSEN + number).to(tl.float32)
+        output = tl.load(outputs + row * hidden_size + column, mask=inside & (row < end), other=0.0)
+        total += share * output.to(tl.float32)
+    tl.store(combined + token * hidden_size + column, total.to(combined.dtype.element_ty), mask=inside)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from tpmodel_worker.kernels.fusion import HeadNorms
+from tpmodel_worker.kernels.launch import KernelLauncher, power_of_two, tiles
 from tpmodel_worker.models.batch import LayerKvCache
 
 ACTIVATION_TILE = 1024
@@ -20,15 +19,11 @@ def add_and_normalise_rows(
     """See fusion.add_and_normalise; update contiguous."""
     size = hidden.shape[-1]
     output = torch.empty_like(hidden)
-    constants: dict[str, Any] = {
-        "SIZE": size,
-        "PADDED": triton.next_power_of_2(size),
-        "ADDS": update is not None,
-        "ZERO_CENTRED": zero_centred,
-        "num_warps": 8 if size > 2048 else 4,
-    }
-    normalise_row[(hidden.numel() // size,)](
-        hidden, hidden if update is None else update, weight, output, eps, **constants
+    normalise_row(
+        (hidden.numel() // size,),
+        *(hidden, hidden if update is None else update, weight, output, eps),
+        constants=(size, power_of_two(size), update is not None, zero_centred),
+        warps=8 if size > 2048 else 4,
     )
     return output
 
@@ -37,8 +32,12 @@ def gated_normalise_heads(output: torch.Tensor, gate: torch.Tensor, weight: torc
     """See fusion.gated_normalise."""
     tokens, heads, size = output.shape
     result = torch.empty_like(output)
-    constants: dict[str, Any] = {"SIZE": size, "PADDED": triton.next_power_of_2(size), "num_warps": 1}
-    gated_head[(tokens, heads)](output, gate, weight, result, eps, gate.stride(0), gate.stride(1), **constants)
+    gated_head(
+        (tokens, heads),
+        *(output, gate, weight, result, eps, gate.stride(0), gate.stride(1)),
+        constants=(size, power_of_two(size)),
+        warps=1,
+    )
     return result
 
 
@@ -46,17 +45,16 @@ def silu_and_multiply_rows(gate_up: torch.Tensor) -> torch.Tensor:
     """See fusion.silu_and_multiply."""
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     output = torch.empty((tokens, features), dtype=gate_up.dtype, device=gate_up.device)
-    tile = min(ACTIVATION_TILE, triton.next_power_of_2(features))
-    constants: dict[str, Any] = {"TILE": tile}
-    activate[(tokens, triton.cdiv(features, tile))](gate_up, output, features, **constants)
+    tile = min(ACTIVATION_TILE, power_of_two(features))
+    activate((tokens, tiles(features, tile)), gate_up, output, features, constants=(tile,))
     return output
 
 
 def multiply_heads_by_sigmoid(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """See fusion.multiply_by_sigmoid."""
     tokens, heads, size = output.shape
-    constants: dict[str, Any] = {"SIZE": size, "PADDED": triton.next_power_of_2(size), "num_warps": 1}
-    sigmoid_head[(tokens, heads)](output, gate, gate.stride(0), gate.stride(1), **constants)
+    constants = (size, power_of_two(size))
+    sigmoid_head((tokens, heads), output, gate, gate.stride(0), gate.stride(1), constants=constants, warps=1)
     return output
 
 
@@ -72,41 +70,24 @@ def prepare_heads_in_place(
 ) -> None:
     """See fusion.prepare_heads; queries and keys are changed where they are."""
     tokens, heads, size = projected.shape
-    queries = counts[0] // 2 if gated else counts[0]
-    cosines, sines = rotation
-    turned = cosines.shape[-1]
-    constants: dict[str, Any] = {
-        "HEADS": heads,
-        "QUERY_HEADS": counts[0],
-        "KV_HEADS": counts[1],
-        "QUERIES": queries,
-        "QUERY_WIDTH": 2 if gated else 1,
-        "SIZE": size,
-        "PADDED": triton.next_power_of_2(size),
-        "TURNED": turned,
-        "HALF": turned // 2,
-        "BLOCK_SIZE": cache.keys.shape[1],
-        "ZERO_CENTRED": norms.zero_centred,
-        "num_warps": 1 if size <= 128 else 2,
-    }
+    width = 2 if gated else 1
+    queries = counts[0] // width
+    turned = rotation[0].shape[-1]
+    keys = cache.keys
     # A program for each query, each key and each value.
-    prepare_head[(tokens, queries + 2 * counts[1])](
-        projected,
-        norms.query,
-        norms.key,
-        cosines,
-        sines,
-        cache.keys,
-        cache.values,
-        rows,
-        norms.eps,
-        cache.keys.stride(0),
-        cache.keys.stride(1),
-        cache.keys.stride(2),
-        **constants,
+    prepare_head(
+        (tokens, queries + 2 * counts[1]),
+        *(projected, norms.query, norms.key, *rotation, keys, cache.values, rows, norms.eps),
+        *keys.stride()[:3],
+        constants=(
+            *(heads, counts[0], counts[1], queries, width, size, power_of_two(size), turned, turned // 2),
+            *(keys.shape[1], norms.zero_centred),
+        ),
+        warps=1 if size <= 128 else 2,
     )
 
 
+@KernelLauncher
 @triton.jit
 def normalise_row(
     hidden,
@@ -137,6 +118,7 @@ def normalise_row(
     tl.store(output + offset, (row * scale).to(output.dtype.element_ty), mask=inside)
 
 
+@KernelLauncher
 @triton.jit
 def gated_head(
     output,
@@ -163,6 +145,7 @@ def gated_head(
     tl.store(result + offset, row.to(result.dtype.element_ty), mask=inside)
 
 
+@KernelLauncher
 @triton.jit
 def activate(gate_up, output, features, TILE: tl.constexpr):  # noqa: N803
     """A tile of one row."""
@@ -175,6 +158,7 @@ def activate(gate_up, output, features, TILE: tl.constexpr):  # noqa: N803
     tl.store(output + token * features + place, result.to(output.dtype.element_ty), mask=inside)
 
 
+@KernelLauncher
 @triton.jit
 def sigmoid_head(
     output,
@@ -195,6 +179,7 @@ def sigmoid_head(
     tl.store(output + offset, row.to(output.dtype.element_ty), mask=inside)
 
 
+@KernelLauncher
 @triton.jit
 def prepare_head(
     projected,

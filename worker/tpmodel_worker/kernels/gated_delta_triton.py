@@ -6,13 +6,12 @@ state twice more than it has to, and that is most of what it moves.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from tpmodel_worker.kernels.gated_delta import DeltaGates
+from tpmodel_worker.kernels.launch import KernelLauncher, power_of_two, tiles
 from tpmodel_worker.models.batch import LayerState
 
 CHANNEL_TILE = 1024
@@ -43,20 +42,11 @@ def convolve_rows(
     tokens, channels = features.shape
     output = torch.empty((tokens, channels), dtype=features.dtype, device=features.device)
     kept = state.convolution
-    constants: dict[str, Any] = {"TAPS": kept.shape[1], "TILE": min(CHANNEL_TILE, triton.next_power_of_2(channels))}
-    convolve_row[(tokens, triton.cdiv(channels, constants["TILE"]))](
-        features,
-        weight,
-        kept,
-        output,
-        slots,
-        owners,
-        places,
-        features.stride(0),
-        kept.stride(0),
-        decodes,
-        channels,
-        **constants,
+    tile = min(CHANNEL_TILE, power_of_two(channels))
+    convolve_row(
+        (tokens, tiles(channels, tile)),
+        *(features, weight, kept, output, slots, owners, places, features.stride(0), kept.stride(0), decodes, channels),
+        constants=(kept.shape[1], tile),
     )
     return output
 
@@ -74,17 +64,11 @@ def keep_last_rows(
         first: of the sequences.
     """
     channels, kept = features.shape[1], state.convolution
-    constants: dict[str, Any] = {"TAPS": kept.shape[1], "TILE": min(CHANNEL_TILE, triton.next_power_of_2(channels))}
-    keep_last[(len(slots) - first, triton.cdiv(channels, constants["TILE"]))](
-        features,
-        kept,
-        slots,
-        starts,
-        features.stride(0),
-        kept.stride(0),
-        first,
-        channels,
-        **constants,
+    tile = min(CHANNEL_TILE, power_of_two(channels))
+    keep_last(
+        (len(slots) - first, tiles(channels, tile)),
+        *(features, kept, slots, starts, features.stride(0), kept.stride(0), first, channels),
+        constants=(kept.shape[1], tile),
     )
 
 
@@ -112,35 +96,16 @@ def decode_rows(
         rows: how many.
     """
     heads, key_dim, value_dim = state.recurrent.shape[1:]
-    constants: dict[str, Any] = {
-        "HEADS": heads,
-        "SHARERS": heads // key.shape[1],
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "KEYS": triton.next_power_of_2(key_dim),
-        "VALUES": min(VALUE_TILE, triton.next_power_of_2(value_dim)),
-    }
-    decode_head[(rows, heads, triton.cdiv(value_dim, constants["VALUES"]))](
-        query,
-        key,
-        value,
-        gates.step,
-        gates.rate,
-        gates.step_bias,
-        gates.log_decay,
-        state.recurrent,
-        slots,
-        output,
-        key_dim**-0.5,
-        query.stride(0),
-        key.stride(0),
-        value.stride(0),
-        gates.step.stride(0),
-        gates.rate.stride(0),
-        **constants,
+    values = min(VALUE_TILE, power_of_two(value_dim))
+    decode_head(
+        (rows, heads, tiles(value_dim, values)),
+        *(query, key, value, gates.step, gates.rate, gates.step_bias, gates.log_decay, state.recurrent, slots, output),
+        *(key_dim**-0.5, query.stride(0), key.stride(0), value.stride(0), gates.step.stride(0), gates.rate.stride(0)),
+        constants=(heads, heads // key.shape[1], key_dim, value_dim, power_of_two(key_dim), values),
     )
 
 
+@KernelLauncher
 @triton.jit(do_not_specialize=["decodes"])
 def convolve_row(
     features,
@@ -185,6 +150,7 @@ def convolve_row(
     tl.store(output + row * channels + channel, result.to(output.dtype.element_ty), mask=inside)
 
 
+@KernelLauncher
 @triton.jit(do_not_specialize=["first"])
 def keep_last(
     features,
@@ -214,6 +180,7 @@ def keep_last(
         tl.store(old + tap * channels, tl.where(within, here, before), mask=inside)
 
 
+@KernelLauncher
 @triton.jit
 def decode_head(
     query,
