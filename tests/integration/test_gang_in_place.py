@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,7 +141,6 @@ def test_rebuilds_are_counted_in_the_pods_own_folder(gang: Gang) -> None:
     """The count lies in a folder that outlives the container, not the pod."""
     leader, worker = gang.start_all()
     os.kill(leader.pid_of("rank 0"), signal.SIGKILL)
-    time.sleep(0.5)
     leader.eventually(lambda: leader.health("") and leader.gang_status().engine.rebuilds == 1
                       and leader.gang_status().engine.phase == worker_pb2.PHASE_SERVING, "rebuilt")  # fmt: skip
     left = leader.gang_status().engine.rebuilds_left
@@ -164,7 +162,7 @@ def test_a_worker_pod_that_drains_leaves_alone_and_the_leader_keeps_its_weights(
     assert worker.wait_exit() == 0
     successor = gang.start(1)
     leader.wait_ready()
-    assert successor.health()
+    successor.wait_ready()
     assert undisturbed(leader.target) == expected
     assert processes(leader) == before
     state = leader.gang_status().engine

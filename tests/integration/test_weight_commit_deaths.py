@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import support
+from support.scale import COMMIT_DEATHS_WORLDS
 from support.updated_server import PROMPTS, Served, Stream, serve
 from support.waiting import until
 from tpmodel.trainer import WeightUpdateError
@@ -65,7 +66,7 @@ class Mortal:
         assert len(self.sets()) == served.ranks
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+@pytest.fixture(scope="module", params=COMMIT_DEATHS_WORLDS, ids="tp{}".format)
 def mortal(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortal]:
     tp: int = request.param
     points = tmp_path_factory.mktemp("points")

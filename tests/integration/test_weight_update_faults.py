@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from support.checkpoints import ARCHITECTURES, make_checkpoint
+from support.scale import UPDATED_ARCHITECTURES
 from support.trainer import TOKEN, chooses
 from support.updated_server import GREEDY, PROMPTS, Served, serve
 from support.waiting import until
@@ -195,7 +196,7 @@ def test_updates_under_load_at_four_ranks(tmp_path: Path, tp: int) -> None:
             assert chooses(models[version], prompt, list(result.token_ids[0])), version
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("architecture", UPDATED_ARCHITECTURES)
 def test_other_model_types_are_updated_in_both_modes(tmp_path: Path, architecture: str) -> None:
     """E39, E40: experts stacked, linear attention fused by the map that loading uses; U35: what the prefix cache has of
     the old weights, blocks and snapshots of recurrent state, is not used again."""
