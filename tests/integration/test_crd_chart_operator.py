@@ -124,9 +124,9 @@ def alive(pod: dict[str, Any]) -> bool:
 
 
 def scale(server: KubeApi, name: str, replicas: int) -> None:
-    body = server.call("GET", f"{MODELS}/{name}/scale")
-    body["spec"]["replicas"] = replicas
-    server.call("PUT", f"{MODELS}/{name}/scale", body)
+    # The operator writes to the model meanwhile: a whole object that was read before would be refused.
+    body = {"spec": {"replicas": replicas}}
+    server.call("PATCH", f"{MODELS}/{name}/scale", body, content_type="application/merge-patch+json")
 
 
 def pod_of(gang: dict[str, Any], index: int) -> dict[str, Any]:

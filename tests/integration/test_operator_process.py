@@ -159,9 +159,8 @@ def seen_uids(api: KubeApi, name: str) -> set[str]:
 
 def test_the_operator_owns_no_field_of_the_spec_and_others_scale(api: KubeApi, operator: Operator):
     served(api, "scaled", replicas=1)
-    scale = api.call("GET", f"{MODELS}/scaled/scale")
-    scale["spec"]["replicas"] = 2
-    api.call("PUT", f"{MODELS}/scaled/scale", scale, fieldManager="autoscaler")
+    patch = {"content_type": "application/merge-patch+json", "fieldManager": "autoscaler"}
+    api.call("PATCH", f"{MODELS}/scaled/scale", {"spec": {"replicas": 2}}, **patch)
     wait_for(lambda: status(api, "scaled").get("readyReplicas") == 2, seconds=20, what="two gangs")
     model = read(api, "scaled")
     assert model["spec"]["replicas"] == 2
