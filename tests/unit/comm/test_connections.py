@@ -71,8 +71,7 @@ def test_connections_of_other_addresses_do_not_count(listener: socket.socket) ->
 def test_connections_that_other_threads_open_meanwhile_do_not_count(listener: socket.socket) -> None:
     """Of those opened at the same time, only ones from or to a listener of the library's are cut."""
     connections = Connections("127.0.0.1")
-    with connections.listening():
-        own_listener = socket.create_server(("127.0.0.1", 0))
+    own_listener = connections.listen(lambda: socket.create_server(("127.0.0.1", 0)))
     with connections.opening(set()):
         theirs = socket.create_connection(listener.getsockname())
         ours = socket.create_connection(own_listener.getsockname())
@@ -87,4 +86,41 @@ def test_connections_that_other_threads_open_meanwhile_do_not_count(listener: so
     theirs.sendall(b"x")
     assert their_peer.recv(1) == b"x"
     for end in (theirs, their_peer, ours, accepted, own_listener):
+        end.close()
+
+
+def test_where_another_thread_begins_to_listen_meanwhile_is_none_of_the_librarys_ports() -> None:
+    connections = Connections("127.0.0.1")
+    begun: list[socket.socket] = []
+
+    def begin() -> socket.socket:
+        if not begun:
+            begun.append(socket.create_server(("127.0.0.1", 0)))  # as another thread may in this very moment
+        begun.append(socket.create_server(("127.0.0.1", 0)))
+        return begun[-1]
+
+    own_listener = connections.listen(begin)
+    assert connections.ports == {own_listener.getsockname()[1]}
+    with connections.opening(set()):
+        theirs = socket.create_connection(begun[0].getsockname())
+        their_peer, _ = begun[0].accept()
+
+    connections.cut()
+
+    theirs.sendall(b"x")
+    assert their_peer.recv(1) == b"x"
+    for end in (theirs, their_peer, *begun):
+        end.close()
+
+
+def test_a_library_beside_which_others_always_begin_to_listen_is_refused() -> None:
+    """Rather than that others' connections are cut."""
+    begun: list[socket.socket] = []
+
+    def begin() -> None:
+        begun.extend(socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+
+    with pytest.raises(OSError, match="other threads began to listen"):
+        Connections("127.0.0.1").listen(begin)
+    for end in begun:
         end.close()

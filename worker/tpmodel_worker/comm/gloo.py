@@ -168,8 +168,10 @@ def open_gloo(
     # Not in torch's stubs; without devices of its own Gloo listens where the host's name leads.
     options: Any = cast("Any", ProcessGroupGloo)._Options()
     connections = Connections(address)
-    with connections.listening():
-        options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    try:
+        options._devices = [connections.listen(lambda: ProcessGroupGloo.create_device(hostname=address))]
+    except (OSError, RuntimeError) as error:
+        raise CommunicatorError(f"Gloo can't listen on {address}: {error}") from error
     options._threads = 1
     options._timeout = timedelta(seconds=spec.deadline_seconds)
     try:

@@ -6,11 +6,16 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import TypeVar
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _LISTENING = threading.Lock()
+_ATTEMPTS = 50
+"""One takes about a millisecond: it would be a strange chance if other threads began to listen in each of them."""
+
+Listening = TypeVar("Listening")
 
 
 class Connections:
@@ -24,18 +29,28 @@ class Connections:
 
     @property
     def ports(self) -> Set[int]:
-        """Where the library listens, as `listening` has found."""
+        """Where the library listens, as `listen` has found."""
         return self._ports
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """The library begins to listen in this block, which is short: other threads wait for its end."""
+    def listen(self, begin: Callable[[], Listening]) -> Listening:
+        """What begin returns: the library's, which listens on one port from then on.
+
+        begin: is called again, and what it has returned is dropped, where other threads began to listen meanwhile:
+            whose port is whose cannot be told then.
+
+        Raises:
+            OSError: they always did.
+        """
         with _LISTENING:
-            before = _sockets()
-            yield
-            self._ports = {
-                port for descriptor, _ in _sockets() - before if (port := self._listener_port(descriptor)) is not None
-            }
+            for _ in range(_ATTEMPTS):
+                before = {inode for _, inode in _sockets()}
+                begun = begin()
+                new = {descriptor for descriptor, inode in _sockets() if inode not in before}
+                ports = {port for descriptor in new if (port := self._listener_port(descriptor)) is not None}
+                if len(ports) <= 1:
+                    self._ports = ports
+                    return begun
+        raise OSError(f"other threads began to listen on {self._address} again and again")
 
     @contextlib.contextmanager
     def opening(self, peers: Set[int] | None = None) -> Iterator[None]:
