@@ -36,4 +36,4 @@ class WeightUpdates(Model):
     """Where committed weights are kept in the background, so that a gang whose pods were all lost comes back with
     them: pvc://claim/path in a PersistentVolumeClaim of this namespace (ReadWriteMany when there is more than one
     pod), or file:///path, a folder of each node (only under prefixes that the operator's administrator allows). Left
-    out: such a gang waits for a trainer. Changing it is a rollout."""
+    out: such a gang copies them from another gang, or waits for a trainer. Changing it is a rollout."""

@@ -97,7 +97,12 @@ def url(model: str, namespace: str) -> str:
 
 def trainers_url(model: str, namespace: str) -> str:
     """What trainers dial."""
-    return f"dns:///{trainers_service(model)}.{namespace}.svc:{CONTROL_PORT}"
+    return f"dns:///{trainers_target(model, namespace)}"
+
+
+def trainers_target(model: str, namespace: str) -> str:
+    """The name that has the addresses of all leader pods, ready or not, and their control port."""
+    return f"{trainers_service(model)}.{namespace}.svc:{CONTROL_PORT}"
 
 
 def model_labels(model: str) -> dict[str, str]:

@@ -75,6 +75,29 @@ def test_a_trainers_job_updates_one_gang_after_the_other_while_clients_stream(
     assert model.kubectl.run("get", "tpm", model.name, "--output=jsonpath={.status.weightsVersion}") == "1"
 
 
+def test_a_gang_whose_pods_were_all_lost_copies_the_weights_of_the_other_gang(
+    model: DeployedModel, first: Tuned, timings: Timings
+) -> None:
+    if model.status().get("weightsVersion") != 1:
+        pytest.fail("the test before has left no version 1 behind")
+    lost, serving = (gang["name"] for gang in model.gangs())
+    pods = {pod["metadata"]["uid"]: pod["metadata"]["name"] for pod in model.pods(lost)}
+    kept = {pod["metadata"]["uid"] for pod in model.pods(serving)}
+    clock = Stopwatch()
+    for name in pods.values():
+        model.kubectl.delete("pod", name, wait=False)
+    model.until(
+        lambda: not pods.keys() & model.uids() and len(model.leaders()) == 2,
+        what="both gangs Ready again",
+        seconds=LOST_SECONDS,
+    )
+    timings.note("weights: all pods of one gang of two deleted", "Ready with the other's weights", clock.seconds)
+    wait_served(model, 1)
+    assert all(first.made(trainers.answer_of(leader)) for leader in model.leaders())
+    assert kept <= model.uids()
+    assert [gang["restartsTotal"] for gang in model.gangs()] == [0, 0], model.explain()
+
+
 def test_pods_that_are_made_again_wait_for_the_trainer_and_serve_no_checkpoint_meanwhile(
     model: DeployedModel, target: Target, second: Tuned, timings: Timings
 ) -> None:

@@ -128,6 +128,9 @@ class Trainee(weights_pb2_grpc.WeightServiceServicer):
         self.lose_world()
         return pb.AbortUpdateResponse()
 
+    def CopyWeights(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.CopyWeightsResponse]:  # noqa: N802
+        raise AssertionError("trainers copy no weights")
+
     def GetVersion(self, request: Any, context: grpc.ServicerContext) -> pb.GetVersionResponse:  # noqa: N802
         return pb.GetVersionResponse(served=pb.ServedVersion(version=self.version, newest_version=self.newest))
 

@@ -143,7 +143,8 @@ class World:
         """Loads the checkpoint, or maps what is held first."""
         path = self.folder / "checkpoint"
         if not path.exists():
-            make_checkpoint(path, seed=1, **checkpoint)
+            checkpoint.setdefault("seed", 1)
+            make_checkpoint(path, **checkpoint)
         return [self._keep(Rank(path, self.arenas, rank, world_size)) for rank in range(world_size)]
 
     def made_again(self, rank: Rank, version: int) -> Rank:

@@ -91,6 +91,14 @@ def update_group_key(trainer_token: str, master_address: str, master_port: int) 
     return hmac.new(trainer_token.encode(), message, hashlib.sha256).hexdigest()
 
 
+def weight_copy_key(trainer_token: str, nonce: str) -> str:
+    """What the ranks of two gangs prove to know, one of which copies the other's weights.
+
+    nonce: drawn anew for each copy by the gang that asks for it.
+    """
+    return hmac.new(trainer_token.encode(), f"tpmodel\nweight copy\n{nonce}".encode(), hashlib.sha256).hexdigest()
+
+
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Answers UNAUTHENTICATED to calls without the token that their service takes; compares in constant time."""
 

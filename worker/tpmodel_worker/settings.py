@@ -72,6 +72,12 @@ class ServeSettings:
     persist_updates: str = ""
     """Folder that outlives the pods, where committed weights are kept; empty: nowhere."""
 
+    weights_from: tuple[str, ...] = ()
+    """Control ports (host:port; a name stands for all its addresses) of gangs with the same token, from which weights
+    that this gang does not have are copied."""
+    weights_source: str = ""
+    """What the operator calls the checkpoint that versions count from: weights of another one are not copied."""
+
     # Scheduling.
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -196,5 +202,6 @@ class ServeSettings:
     def from_json(cls, text: str) -> Self:
         """Reads what to_json wrote."""
         values: dict[str, Any] = json.loads(text)
-        values["kv_sources"] = tuple(values["kv_sources"])
+        for name in ("kv_sources", "weights_from"):
+            values[name] = tuple(values[name])
         return cls(**values)

@@ -92,6 +92,8 @@ class ByteSize(click.ParamType):
               help="Seconds that one piece of a request's KV cache may take from gang to gang.")  # fmt: skip
 @click.option("--persist-updates", type=click.Path(file_okay=False), default=None,
               help="Folder in which weights that a trainer has sent are kept for the next start.")  # fmt: skip
+@click.option("--weights-from", multiple=True, metavar="HOST:PORT",
+              help="Control port of a gang, with the same trainer's token, that may have newer weights.")  # fmt: skip
 @click.option("--drain-timeout", type=float, default=120.0, show_default=True, help="Seconds for streams to finish.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True)
 @click.option("--runtime-dir", type=click.Path(exists=True, file_okay=False), default=None,
@@ -166,6 +168,7 @@ def _settings(model: str, options: dict[str, Any]) -> Any:
         token=read_token_option("--token-file", options["token_file"]) if options["token_file"] is not None else "",
         trainer_token_file=os.path.abspath(options["trainer_token_file"]) if options["trainer_token_file"] else "",  # noqa: PTH100
         persist_updates=os.path.abspath(options["persist_updates"]) if options["persist_updates"] else "",  # noqa: PTH100
+        weights_from=options["weights_from"],
         drain_timeout=options["drain_timeout"],
         log_format=options["log_format"],
         runtime_dir=os.path.abspath(options["runtime_dir"]) if options["runtime_dir"] else "",  # noqa: PTH100

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpmodel_operator import defaults, names
+from tpmodel_operator import defaults, names, weights
 from tpmodel_operator.actions import EnsureGang
 from tpmodel_operator.api import EnvironmentVariable, SecretKey, TPModel, TPModelSpec
 from tpmodel_operator.resources import volumes
@@ -69,11 +69,23 @@ def arguments(model: TPModel, gang: EnsureGang) -> list[str]:
         "trainer-token-file": f"{volumes.TRAINER_TOKEN_FOLDER}/{names.TOKEN_KEY}" if spec.auth.trainer_token else "",
         "api-key-file": f"{volumes.API_KEY_FOLDER}/{volumes.API_KEY_FILE}" if spec.auth.api_key else "",
         "persist-updates": volumes.updates_path(model, gang),
+        **_other_gangs(model),
         "tls-dir": volumes.TLS_FOLDER if spec.auth.tls_secret_name else "",
     }
     options = [f"--engine-option={key}={value}" for key, value in sorted(spec.model.engine_options.items())]
     written = [f"--{name}={value}" for name, value in given.items() if value != ""] + options
     return [argument.replace("$(", "$$(") for argument in written]  # Kubernetes would put a variable's value there
+
+
+def _other_gangs(model: TPModel) -> dict[str, object]:
+    """From where a gang copies weights that it has lost. Without a trainer's token, by which gangs know each other,
+    nobody can have updated them."""
+    if model.spec.auth.trainer_token is None:
+        return {}
+    return {
+        "weights-from": names.trainers_target(model.name, model.namespace),
+        "weights-source": weights.source(model),
+    }
 
 
 def environment(spec: TPModelSpec) -> list[Object]:

@@ -24,16 +24,17 @@ TENSOR_PORTS: Object = {"port": 32768, "endPort": 65535, "protocol": "TCP"}
 
 def build(model: TPModel, settings: OperatorSettings) -> Object:
     """Of a model: clients from anywhere or `service.from`, trainers from `weightUpdates.from` and nowhere else, metrics
-    and health from operator and monitoring."""
+    and health from operator and monitoring. Gangs that a trainer may update give each other what one has lost."""
     clients: dict[str, Any] = {"ports": _ports(names.INFERENCE_PORT, names.HTTP_PORT)}
     if model.spec.service.from_:
         clients["from"] = list(model.spec.service.from_)
-    trainers: list[Object] = []
-    if model.spec.weight_updates.from_:
+    senders: list[Object] = []
+    if model.spec.auth.trainer_token is not None:
+        own = {"podSelector": pods_of_model(model)}
         ports = [*_ports(names.CONTROL_PORT), TENSOR_PORTS]
-        trainers = [{"ports": ports, "from": list(model.spec.weight_updates.from_)}]
+        senders = [{"ports": ports, "from": [own, *model.spec.weight_updates.from_]}]
     watchers = {"ports": _ports(names.METRICS_PORT, names.HEALTH_PORT), "from": [_namespaces(settings)]}
-    return _policy(model_metadata(model, model.name), pods_of_model(model), [clients, *trainers, watchers])
+    return _policy(model_metadata(model, model.name), pods_of_model(model), [clients, *senders, watchers])
 
 
 def build_gang(model: TPModel, gang: EnsureGang) -> Object:

@@ -61,6 +61,17 @@ def test_trainers_reach_the_control_port_and_the_ports_of_tensors_and_nobody_els
     assert {port for port in every if allowed(trainer, port, model_with())} == {INFERENCE, HTTP}
 
 
+def test_gangs_that_a_trainer_may_update_reach_each_other_for_copies_of_weights_and_nobody_else_does():
+    model = model_with(auth={"trainerToken": {"name": "t", "key": "k"}})
+    every = (INFERENCE, HTTP, CONTROL, HEALTH, METRICS, RANDOM, 32767)
+    for source, ports in (
+        (gang_pod(sibling(1)), {INFERENCE, HTTP, CONTROL, RANDOM}),
+        (gang_pod(sibling(1), namespace="elsewhere"), {INFERENCE, HTTP}),
+        (NEIGHBOUR, {INFERENCE, HTTP}),
+    ):
+        assert {port for port in every if allowed(source, port, model)} == ports
+
+
 def test_only_ingress_is_ruled():
     for policy in (networkpolicy.build(model_with(), SETTINGS), networkpolicy.build_gang(model_with(), GANG)):
         assert policy["spec"]["policyTypes"] == ["Ingress"]

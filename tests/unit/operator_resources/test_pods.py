@@ -451,3 +451,13 @@ def test_gangs_keep_their_updates_in_folders_of_their_own_which_outlive_a_rollou
     paths = [volumes.updates_path(model, GANG), volumes.updates_path(model, sibling(1))]
     assert len(set(paths)) == 2
     assert volumes.updates_path(rolled, next_revision) == paths[0]
+
+
+def test_a_gang_is_told_where_the_others_are_that_may_have_weights_which_it_lost():
+    said = arguments(auth=TRAINER)
+    assert said["weights-from"] == "chat-trainers.space.svc:9001"
+    assert said["weights-source"] == weights.source(model_with(auth=TRAINER))
+
+
+def test_without_a_common_token_gangs_do_not_ask_each_other():
+    assert not {"weights-from", "weights-source"} & arguments().keys()

@@ -25,10 +25,12 @@ def test_more_ranks_than_cuda_devices_are_refused_with_both_numbers(tmp_path: Pa
     check_devices(settings, count_devices=lambda: 4)
 
 
+@pytest.mark.parametrize("setting", ["kv_sources", "weights_from"])
 @pytest.mark.parametrize("source", ["nonsense", "10.0.0.7", ":9001", "10.0.0.7:port", "10.0.0.7:0", "10.0.0.7:70000"])
-def test_what_kv_may_be_fetched_from_has_to_be_an_address(tmp_path: Path, source: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"--kv-from {source}: HOST:PORT is needed"):
-        check_options(stand_in_settings(tmp_path, kv_sources=("10.0.0.7:9001", source)))
+def test_what_another_gang_may_be_asked_for_has_to_be_at_an_address(tmp_path: Path, setting: str, source: str) -> None:
+    flag = {"kv_sources": "--kv-from", "weights_from": "--weights-from"}[setting]
+    with pytest.raises(ConfigurationError, match=f"{flag} {source}: HOST:PORT is needed"):
+        check_options(stand_in_settings(tmp_path, **{setting: ("10.0.0.7:9001", source)}))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from tpmodel.v1 import worker_pb2
@@ -27,6 +28,16 @@ class ArenaKeeper(Protocol):
     def release(self, arena_id: ArenaId) -> None:
         """Lets go of an arena, whether or not there is one."""
         ...
+
+
+def held_manifest(keeper: ArenaKeeper, arena_id: ArenaId) -> worker_pb2.ArenaManifest | None:
+    """What is said of an arena; None when there is no such arena. Raises ArenaLinkError."""
+    held = keeper.fetch(arena_id)
+    if held is None:
+        return None
+    descriptor, manifest = held
+    os.close(descriptor)
+    return manifest
 
 
 class NoKeeper:

@@ -30,6 +30,7 @@ from tpmodel_worker.engine.plans import PlanTimes
 from tpmodel_worker.engine.pool import Pool, PoolTimeouts
 from tpmodel_worker.engine.session import RankChannel, RankEndpoint
 from tpmodel_worker.engine.status import EngineStatus
+from tpmodel_worker.engine.weight_peers import WeightPeers, weight_set
 from tpmodel_worker.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -93,12 +94,14 @@ class WorldBuilder:
         status: EngineStatus,
         wake: Callable[[], None],
         committed: CommittedVersion,
+        peers: WeightPeers,
         timeouts: PoolTimeouts | None = None,
     ) -> None:
-        """wake: given to every pool."""
+        """wake: given to every pool; peers: may have newer weights than a gang that starts."""
         self._settings = settings
         self._status = status
         self._committed = committed
+        self._peers = peers
         self._wake = wake
         self._timeouts = timeouts
         self._times = PlanTimes(settings.least_step_deadline)
@@ -252,7 +255,7 @@ class WorldBuilder:
             )
         self._status.set_loaded_versions(
             [shard.weight_version if shard.HasField("weight_version") else None for shard in loaded],
-            await asyncio.to_thread(self._committed.read, shared=not any(shard.mapped for shard in loaded)),
+            await self._known_version(loaded),
         )
         num_blocks = min(shard.kv_blocks_available for shard in loaded)
         state_snapshots = min(shard.state_snapshots_available for shard in loaded)
@@ -272,6 +275,15 @@ class WorldBuilder:
         self._status.set_world(block_size=self._settings.block_size, kv_blocks=num_blocks)
         kv = GangCache(loaded[0].kv_layout, [shard.device_id for shard in loaded])
         return BuiltWorld(pool, num_blocks, state_bytes, state_snapshots, kv)
+
+    async def _known_version(self, loaded: Sequence[worker_pb2.LoadDenseShardOk]) -> int:
+        """The newest version of the weights that this gang has had, or, where it had none in memory, others have."""
+        if any(shard.mapped for shard in loaded):
+            return await asyncio.to_thread(self._committed.read)
+        known = await asyncio.to_thread(self._committed.read, shared=True)
+        if not self._peers:
+            return known
+        return max(known, await self._peers.newest(weight_set(self._settings, loaded[0].kv_layout)))
 
     def _report_state(self, state_bytes: int, snapshots: int, snapshot_bytes: int) -> None:
         settings = self._settings

@@ -19,6 +19,7 @@ ControlName = Literal[
     "shutdown",
     "weight_update",
     "kv_transfer",
+    "weight_copy",
 ]
 ControlRequest = (
     worker_pb2.InitRequest
@@ -29,6 +30,7 @@ ControlRequest = (
     | worker_pb2.ShutdownRequest
     | worker_pb2.WeightUpdateRequest
     | worker_pb2.KvTransferRequest
+    | worker_pb2.WeightCopyRequest
 )
 ProgressCallback = Callable[[int, worker_pb2.Progress], None]
 
@@ -42,6 +44,7 @@ _FIELDS: dict[type[ControlRequest], tuple[ControlName, str]] = {
     worker_pb2.ShutdownRequest: ("shutdown", "bye"),
     worker_pb2.WeightUpdateRequest: ("weight_update", "weight_update_ok"),
     worker_pb2.KvTransferRequest: ("kv_transfer", "kv_transfer_ok"),
+    worker_pb2.WeightCopyRequest: ("weight_copy", "weight_copy_ok"),
 }
 
 

@@ -8,13 +8,13 @@ import logging
 import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import cast
 
 import grpc
 
 from tpmodel.v1 import kv_pb2, kv_pb2_grpc, worker_pb2
 from tpmodel_worker.auth import token_metadata
 from tpmodel_worker.engine.build import GangCache
+from tpmodel_worker.engine.gang_call import OfferCall, gang_channel
 from tpmodel_worker.engine.kv_ranks import KvTransferError, RanksTransfer
 from tpmodel_worker.engine.kv_sending import token_digest
 from tpmodel_worker.engine.loop import ServingLoop
@@ -37,15 +37,6 @@ _FINAL: Mapping[grpc.StatusCode, int] = MappingProxyType(
         grpc.StatusCode.UNAUTHENTICATED: 9,
         grpc.StatusCode.UNIMPLEMENTED: 9,
     }
-)
-_CHANNEL_OPTIONS = (
-    # The other engine's machine may vanish without a word.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.enable_retries", 0),
-    ("grpc.use_local_subchannel_pool", 1),
 )
 
 
@@ -128,14 +119,13 @@ class KvFetching:
             # Of this process, too: another one counts its epochs anew.
             world=f"{self._name}/{pool.epoch}",
         )
-        async with grpc.aio.insecure_channel(fetch.source.target, options=_CHANNEL_OPTIONS) as channel:
+        async with gang_channel(fetch.source.target) as channel:
             stub = kv_pb2_grpc.KvServiceStub(channel)
-            call = cast(
-                "grpc.aio.UnaryStreamCall[kv_pb2.FetchKvRequest, kv_pb2.FetchKvResponse]",
-                stub.Fetch(request, metadata=token_metadata(self._token)),
+            call: OfferCall[kv_pb2.FetchKvRequest, kv_pb2.FetchKvResponse] = OfferCall(
+                stub.Fetch(request, metadata=token_metadata(self._token)), kv_pb2.FetchKvResponse
             )
             try:
-                offer = await self._read(call)
+                offer = await call.read()
                 if not offer.HasField("offer"):
                     raise KvTransferError(grpc.StatusCode.ABORTED, "it did not say where its ranks wait")
                 step = worker_pb2.KvTransferRequest(
@@ -149,35 +139,7 @@ class KvFetching:
                     receive=worker_pb2.ReceiveKv(endpoints=offer.offer.endpoints),
                 )
                 await transfer.begin([step] * pool.world_size)
-                return await self._finish(transfer, call)
+                # Once everything is here, the other gang's blocks are free when it knows the same.
+                return await call.finish(transfer, self._deadline_seconds)
             finally:
                 call.cancel()
-
-    async def _read(
-        self, call: grpc.aio.UnaryStreamCall[kv_pb2.FetchKvRequest, kv_pb2.FetchKvResponse]
-    ) -> kv_pb2.FetchKvResponse:
-        response = await call.read()
-        if not isinstance(response, kv_pb2.FetchKvResponse):
-            raise KvTransferError(grpc.StatusCode.ABORTED, f"it said no more: {await call.details()}")
-        return response
-
-    async def _finish(
-        self,
-        transfer: RanksTransfer,
-        call: grpc.aio.UnaryStreamCall[kv_pb2.FetchKvRequest, kv_pb2.FetchKvResponse],
-    ) -> tuple[int, float]:
-        """Waits for the ranks, and beside them for word that the other gang has failed."""
-        ours = asyncio.create_task(transfer.finish())
-        theirs = asyncio.create_task(self._read(call))
-        try:
-            done, _ = await asyncio.wait({ours, theirs}, return_when=asyncio.FIRST_COMPLETED)
-            if ours not in done:
-                theirs.result()
-            moved = await ours
-            # Everything is here; its blocks are free once it knows the same.
-            await asyncio.wait({theirs}, timeout=self._deadline_seconds)
-            return moved
-        finally:
-            for task in (ours, theirs):
-                task.cancel()
-            await asyncio.gather(ours, theirs, return_exceptions=True)

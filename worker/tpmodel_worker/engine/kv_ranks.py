@@ -1,4 +1,4 @@
-"""One KV transfer on all ranks of a gang, as both gangs' engines drive it."""
+"""One transfer on all ranks of a gang, of a request's KV or of the weights, as both gangs' engines drive it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KvTransferError(Exception):
 
 
 class RanksTransfer:
-    """From begin to over: what the ranks do with the request's blocks is done by themselves."""
+    """From begin to over: what the ranks do with a request's blocks, or with weights, is done by themselves."""
 
     def __init__(self, name: str, pool: Pool, loop: ServingLoop) -> None:
         self.name = name
@@ -35,28 +35,29 @@ class RanksTransfer:
         self._loop = loop
         self._begun = False
 
-    async def begin(self, requests: Sequence[worker_pb2.KvTransferRequest]) -> list[worker_pb2.KvTransferOk]:
+    async def begin(
+        self, requests: Sequence[worker_pb2.KvTransferRequest | worker_pb2.WeightCopyRequest]
+    ) -> Sequence[worker_pb2.SessionResponse]:
         """Between two plans, behind all that were sent: every rank begins. Raises KvTransferError."""
         self._begun = True
         async with self._loop.between_plans():
             # Cancelled or not, every rank has answered before anything else happens.
             exchange = asyncio.create_task(self._pool.control(requests, Patience(_BEGIN_SECONDS)))
             try:
-                replies = await asyncio.shield(exchange)
+                return await asyncio.shield(exchange)
             except asyncio.CancelledError:
                 await asyncio.wait({exchange})
                 exchange.exception()
                 raise
             except PoolError as error:
                 raise KvTransferError(grpc.StatusCode.ABORTED, str(error)) from error
-        return [reply.kv_transfer_ok for reply in replies]
 
     async def finish(self) -> tuple[int, float]:
         """Returns once every rank has moved its part: bytes of all, seconds of the slowest. Raises KvTransferError."""
         try:
             outcomes = await self._pool.kv_outcomes(self.name)
         except grpc.aio.AioRpcError as error:
-            message = f"a rank was lost while the KV moved: {self._pool.error or error.details()}"
+            message = f"a rank was lost meanwhile: {self._pool.error or error.details()}"
             raise KvTransferError(grpc.StatusCode.ABORTED, message) from error
         errors = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
         if errors:
@@ -64,9 +65,9 @@ class RanksTransfer:
         return sum(outcome.bytes for outcome in outcomes), max(outcome.seconds for outcome in outcomes)
 
     async def cancel(self, reason: str) -> bool:
-        """Returns once no rank reads or writes the blocks any more; False: the world was lost, and they with it.
+        """Returns once no rank takes part in it any more; False: the world was lost, and all of it.
 
-        A rank that does not leave them ends the world.
+        A rank that does not leave it ends the world.
         """
         if not self._begun or self._pool.error is not None:
             return self._pool.error is None
@@ -75,5 +76,5 @@ class RanksTransfer:
         except grpc.aio.AioRpcError as error:
             # A rank that can't be called may have ended: what has happened to it is about to be known.
             if not await self._pool.fails_within(_NEWS_SECONDS):
-                self._pool.fault("a rank does not end a KV transfer", error)
+                self._pool.fault("a rank does not end a transfer", error)
         return self._pool.error is None

@@ -56,7 +56,7 @@ class KvSending:
                 send=worker_pb2.SendKv(device_ids=request.device_ids, world=request.world),
             )
             replies = await transfer.begin([step] * pool.world_size)
-            endpoints = [endpoint for reply in replies for endpoint in reply.endpoints]
+            endpoints = [endpoint for reply in replies for endpoint in reply.kv_transfer_ok.endpoints]
             yield kv_pb2.FetchKvResponse(offer=kv_pb2.KvOffer(layout=kv.layout, endpoints=endpoints))
             moved, seconds = await transfer.finish()
             fetched = True

@@ -45,6 +45,12 @@ class EngineMetrics:
             registry=registry,
             buckets=_FAULT_BUCKETS,
         )
+        self.weight_copies = Counter(
+            "tpmodel_weight_copies",
+            "Copies of the weights between gangs, by direction and outcome.",
+            ["direction", "outcome"],
+            registry=registry,
+        )
         self.prefix_queries = Counter(
             "tpmodel_prefix_cache_queries", "Tokens looked up in the prefix cache.", registry=registry
         )

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import grpc
 
-from tpmodel.v1 import worker_pb2
+from tpmodel.v1 import weights_pb2, worker_pb2
+from tpmodel_worker.auth import Expected
 from tpmodel_worker.engine.budget import RebuildBudget
 from tpmodel_worker.engine.build import WorldBuilder
 from tpmodel_worker.engine.committed import CommittedVersion
@@ -31,6 +32,9 @@ from tpmodel_worker.engine.report import SupervisorLink
 from tpmodel_worker.engine.requests import UNAVAILABLE, InvalidRequestError, RefusedError, Request
 from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, EngineStatus
 from tpmodel_worker.engine.supervisors import Supervisors
+from tpmodel_worker.engine.weight_fetching import WeightFetching
+from tpmodel_worker.engine.weight_peers import WeightPeers, weight_set
+from tpmodel_worker.engine.weight_sending import WeightSending
 from tpmodel_worker.engine.weight_service import WeightService
 from tpmodel_worker.engine.weight_updates import WeightUpdates
 from tpmodel_worker.engine.world import NOT_BUILT, World
@@ -65,9 +69,21 @@ class Engine:
         )
         metrics = EngineMetrics()
         committed = CommittedVersion(settings.gang_dir, [settings.weights_version_file])
+        self._peers = WeightPeers(
+            settings.weights_from,
+            token=Expected.trainer_token(settings.trainer_token_file).read,
+            address=settings.address,
+        )
         self.world = World(
             settings,
-            WorldBuilder(settings, status=self.status, wake=self._wake.set, committed=committed, timeouts=timeouts),
+            WorldBuilder(
+                settings,
+                status=self.status,
+                wake=self._wake.set,
+                committed=committed,
+                peers=self._peers,
+                timeouts=timeouts,
+            ),
             self._members,
             self._supervisors,
             RebuildBudget(
@@ -90,6 +106,23 @@ class Engine:
             metrics,
             PersistWatch(self.status, metrics) if settings.persist_updates else None,
         )
+        self._weight_sending = WeightSending(
+            self.world,
+            settings,
+            metrics,
+            served=lambda: self.weights.served,
+            updating=lambda: self.weights.updating,
+        )
+        self._weight_fetching = WeightFetching(
+            self.world,
+            settings,
+            self.status,
+            metrics,
+            self._peers,
+            updating=lambda: self.weights.updating,
+            adopt=self.weights.adopt,
+        )
+        self.weights.before_start = self._copies_give_way
         self._kv_sending = KvSending(self.world, self.status, deadline_seconds=settings.kv_transfer_deadline)
         self._kv_fetching = KvFetching(self.world, token=settings.token, deadline_seconds=settings.kv_transfer_deadline)
         self.world.on_serving = self._world_serves
@@ -116,8 +149,12 @@ class Engine:
             self._members, self.status, self, attempt=settings.attempt, model_path=settings.model_path
         )
         self._control, self.control_port = await start_control_server(
-            settings, service, WeightService(self.weights), KvService(self._kv_sending)
+            settings,
+            service,
+            WeightService(self.weights, self._weight_sending, self._weight_set),
+            KvService(self._kv_sending),
         )
+        self._peers.own_port = self.control_port
         self._link_task = asyncio.create_task(self._link.run(), name="supervisor link")
         self._world_task = asyncio.create_task(self.world.run(), name="world")
         if settings.rebuilds and settings.gang_dir:
@@ -199,7 +236,17 @@ class Engine:
     def _world_serves(self, loop: ServingLoop) -> None:
         loop.on_fetch, loop.on_fetch_dropped = self._kv_fetching.begin, self._kv_fetching.drop
         self.weights.world_serves(loop)
+        self._weight_fetching.world_serves()
         self._partings.world_serves()
+
+    async def _copies_give_way(self) -> None:
+        """A trainer's update is about to take the weights."""
+        await self._weight_sending.give_way("a trainer's update began")
+        await self._weight_fetching.give_way()
+
+    def _weight_set(self) -> weights_pb2.WeightSet | None:
+        kv = self.world.kv
+        return weight_set(self._settings, kv.layout) if kv is not None else None
 
     async def stop(self) -> None:
         """Ends everything at once: requests fail, ranks hear Bye. Bounded, idempotent."""
@@ -209,6 +256,7 @@ class Engine:
         self._partings.cancel()
         if self.world.loop is not None:
             self.world.loop.fail_all("the engine was stopped")
+        await self._weight_fetching.close()
         await self.weights.close()
         await self._kv_fetching.close()
         await self._end_world()

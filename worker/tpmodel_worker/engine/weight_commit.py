@@ -60,6 +60,17 @@ class Commit:
         # The trainer has done its part: if it goes away from here on, that changes nothing.
         await self._background.undisturbed(self._finish(loop, version))
 
+    async def adopt(self, version: int) -> None:
+        """Serves a version that every rank has committed without a trainer. Raises UpdateError, PoolError."""
+        loop = self._ranks.loop
+        async with loop.between_plans():
+            await self._ranks.pool.clear_kv_cache(0)
+            loop.adopt_weights(version)
+            self._status.set_weight_version(version)
+            self._status.set_weights_condition("")
+        self._pause.end(loop)
+        await self._note(version)
+
     async def _finish(self, loop: ServingLoop, version: int) -> None:
         pool = self._ranks.pool
         async with loop.between_plans():

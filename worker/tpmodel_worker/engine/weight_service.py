@@ -1,16 +1,18 @@
-"""WeightService on the control port: what a trainer calls."""
+"""WeightService on the control port: what a trainer calls, and gangs that copy weights."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
 from tpmodel.v1 import weights_pb2 as pb
 from tpmodel.v1 import weights_pb2_grpc
-from tpmodel_worker.auth import presented_token, update_group_key
+from tpmodel_worker.auth import presented_token, update_group_key, weight_copy_key
+from tpmodel_worker.engine.kv_ranks import KvTransferError
 from tpmodel_worker.engine.weight_errors import UpdateError
+from tpmodel_worker.engine.weight_sending import WeightSending
 from tpmodel_worker.engine.weight_updates import WeightUpdates
 
 WEIGHT_SERVICE = "tpmodel.v1.WeightService"
@@ -19,8 +21,13 @@ WEIGHT_SERVICE = "tpmodel.v1.WeightService"
 class WeightService(weights_pb2_grpc.WeightServiceServicer):
     """Turns calls into steps of the update, and refusals into status codes."""
 
-    def __init__(self, updates: WeightUpdates) -> None:
+    def __init__(
+        self, updates: WeightUpdates, sending: WeightSending, weight_set: Callable[[], pb.WeightSet | None]
+    ) -> None:
+        """sending: lets other gangs copy; weight_set: what they are told of the weights, None: there is no world."""
         self._updates = updates
+        self._sending = sending
+        self._weight_set = weight_set
 
     async def GetParameterInfo(  # noqa: N802
         self, request: pb.GetParameterInfoRequest, context: grpc.aio.ServicerContext
@@ -86,12 +93,21 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         self, request: pb.GetVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetVersionResponse:
         """What is served; answered at any time."""
-        return pb.GetVersionResponse(served=self._updates.served)
+        return pb.GetVersionResponse(served=self._updates.served, set=self._weight_set())
+
+    async def CopyWeights(  # noqa: N802
+        self, request: pb.CopyWeightsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.CopyWeightsResponse]:
+        """Moves the weights to the caller's ranks."""
+        key = weight_copy_key(presented_token(context), request.nonce)
+        async with _refusals(context), contextlib.aclosing(self._sending.copy(request, key)) as responses:
+            async for response in responses:
+                yield response
 
 
 @contextlib.asynccontextmanager
 async def _refusals(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     try:
         yield
-    except UpdateError as error:
+    except (UpdateError, KvTransferError) as error:
         await context.abort(error.code, str(error))

@@ -30,6 +30,11 @@ class Turns:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
+    @property
+    def taken(self) -> bool:
+        """Whether a call is under way."""
+        return self._lock.locked()
+
     @contextlib.asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
         """For a call of the trainer's. Raises UpdateError where another one goes on and on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import grpc
 
@@ -52,12 +52,19 @@ class WeightUpdates:
         self._ranks = UpdateRanks(world, self._background)
         self._pause = Pause(world, status)
         self._times = UpdateTimes(metrics)
-        turns = Turns()
+        self._turns = turns = Turns()
         self._life = UpdateLife(world, status, self._ranks, self._background, self._pause, turns)
         self._commit = Commit(status, self._ranks, self._background, self._life, self._pause, self._times, committed)
         self._pruning = Pruning(world, status, self._ranks, self._background, turns, persisted)
         self._running = weights_pb2.RUNNING_REQUESTS_KEEP
         self._steps = itertools.count(1)
+        self.before_start: Callable[[], Awaitable[None]] = _nothing
+        """Awaited before an update takes the weights."""
+
+    @property
+    def updating(self) -> bool:
+        """Whether an update has the weights, or a call is under way that may begin one."""
+        return self._turns.taken or self._life.stage is Stage.STARTED
 
     @property
     def served(self) -> weights_pb2.ServedVersion:
@@ -152,6 +159,7 @@ class WeightUpdates:
                 raise UpdateError(grpc.StatusCode.INVALID_ARGUMENT, "running is unset: finish, keep or abort")
             begin = worker_pb2.WeightUpdateRequest(begin=worker_pb2.BeginUpdate(shadow=self._life.shadow))
             self._running = running
+            await self.before_start()
             self._times.start("pause")
             # Some ranks may have begun when it fails.
             async with self._life.or_end("the trainer went away"):
@@ -194,6 +202,11 @@ class WeightUpdates:
             await self._commit.finish(version, self._running)
         self._pruning.watch()
         return list(self._times.phases)
+
+    async def adopt(self, version: int) -> None:
+        """Serves a version that every rank has committed otherwise. Raises UpdateError, PoolError."""
+        await self._commit.adopt(version)
+        self._pruning.watch()
 
     async def abort(self, reason: str, session: str) -> None:
         """Ends the update. The version before is served on, unless bytes have moved in place."""
@@ -240,3 +253,7 @@ def _join_as(join: worker_pb2.JoinUpdate, group_rank: int) -> worker_pb2.WeightU
     request = worker_pb2.WeightUpdateRequest(join=join)
     request.join.group_rank = group_rank
     return request
+
+
+async def _nothing() -> None:
+    """Nobody else uses the weights."""

@@ -1,4 +1,4 @@
-"""One request's transfer on one rank: a thread of its own, and the pipes that it holds meanwhile."""
+"""One transfer on one rank, of a request or of the weights: a thread of its own, and the pipes that it holds."""
 
 from __future__ import annotations
 
@@ -80,6 +80,11 @@ class Handover:
             pipes = list(self._pipes)
         for lasting in pipes:
             lasting.pipe.abort(reason)
+
+    def check(self) -> None:
+        """For jobs that work for long without a pipe. Raises KvPipeError once it was cancelled."""
+        if self._cancelled.is_set():
+            raise KvPipeError(self._reason)
 
     def wait(self) -> bool:
         """Waits for the end of one that was cancelled; False when it does not come."""

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 from tpmodel_worker.kv.layout import KvLayout, check_compatible
 
-NCCL_PIECE_BYTES = 128 << 20
+_NCCL_PIECE_BYTES = 128 << 20
 """Most that is gathered and sent at a time between GPUs: what moves in longer than the host needs to ask for it."""
-GLOO_PIECE_BYTES = 16 << 20
+_GLOO_PIECE_BYTES = 16 << 20
 """The same through the memory of hosts, where every piece wakes threads on both sides."""
 MOST_PIECE_BYTES = 1 << 30
 _LEAST_PIECES = 4
 """Fewer would leave nothing to gather while another piece is on its way."""
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def usual_piece_bytes(*, nccl: bool) -> int:
+    """What is sent at a time where bytes move in that way."""
+    return _NCCL_PIECE_BYTES if nccl else _GLOO_PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

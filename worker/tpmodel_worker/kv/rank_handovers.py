@@ -1,4 +1,4 @@
-"""A rank's part of handing requests over to another gang: each in a thread of its own, beside the computing one."""
+"""A rank's part of what moves between two gangs: each transfer in a thread of its own, beside the computing one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tpmodel_worker.kv.errors import KvPipeError
 from tpmodel_worker.kv.handover import Handover
 from tpmodel_worker.kv.pipe import KvPipe
 from tpmodel_worker.kv.pipe_pool import PipePool
-from tpmodel_worker.kv.plan import GLOO_PIECE_BYTES, MOST_PIECE_BYTES, NCCL_PIECE_BYTES, Part, TransferPlan
+from tpmodel_worker.kv.plan import MOST_PIECE_BYTES, Part, TransferPlan, usual_piece_bytes
 from tpmodel_worker.kv.staging import now_on
 from tpmodel_worker.kv.transfer import Lane, ReceivingEnd, RequestCache, SendingEnd, receive_cache, send_cache
 
-_SENDER, _RECEIVER = 0, 1
+SENDER, RECEIVER = 0, 1
 _JOIN_SECONDS = 10.0
 """Pipes whose other end is silent take a few; a process that ends before its groups are closed is aborted."""
 _PIECES_UNDER_WAY = 3
@@ -79,6 +79,16 @@ class Handovers:
         """Waits a little for the pipes that have been ended."""
         self._pool.join(_JOIN_SECONDS)
 
+    def new(self, name: str) -> Handover:
+        """One that has not begun."""
+        return Handover(name, self._pool)
+
+    def begin(self, handover: Handover, job: Callable[[], int]) -> None:
+        """Runs its job (Handover.start): it is found by its name, and broken off with all others."""
+        with self._lock:
+            self._known[handover.name] = handover
+        handover.start(job)
+
     def send(
         self, request: worker_pb2.KvTransferRequest, plan: TransferPlan, cache: RequestCache
     ) -> list[kv_pb2.KvEndpoint]:
@@ -87,7 +97,7 @@ class Handovers:
         Raises:
             CommunicatorError: the address can't be listened on.
         """
-        handover = Handover(request.transfer, self._pool)
+        handover = self.new(request.transfer)
         lanes: dict[int, Lane[SendingEnd]] = {}
         stores: dict[int, TCPStore] = {}
         endpoints: list[kv_pb2.KvEndpoint] = []
@@ -112,7 +122,7 @@ class Handovers:
             for endpoint in endpoints:
                 if not endpoint.open:
                     pipe = handover.open(
-                        self._config(endpoint, _SENDER, request.deadline_seconds),
+                        self._config(endpoint, SENDER, request.deadline_seconds),
                         stores.pop(endpoint.receiver),
                         name=endpoint.pipe,
                         peer=_peer_of(request.send.world, endpoint.receiver),
@@ -122,12 +132,12 @@ class Handovers:
             with handover.stream(self._device, after):
                 return send_cache(plan, self._rank, cache, lanes)
 
-        self._begin(handover, job)
+        self.begin(handover, job)
         return endpoints
 
     def receive(self, request: worker_pb2.KvTransferRequest, plan: TransferPlan, cache: RequestCache) -> None:
         """Begins to receive into a request's blocks."""
-        handover = Handover(request.transfer, self._pool)
+        handover = self.new(request.transfer)
         endpoints = _endpoints_for(plan.of_receiver(self._rank), request.receive.endpoints)
         after = now_on(self._device)
 
@@ -136,13 +146,59 @@ class Handovers:
             for endpoint in endpoints:
                 pipe = self._known_pipe(handover, endpoint) if endpoint.open else None
                 if pipe is None:
-                    config = self._config(endpoint, _RECEIVER, request.deadline_seconds)
+                    config = self._config(endpoint, RECEIVER, request.deadline_seconds)
                     pipe = handover.open(config, None, name=endpoint.pipe, peer=endpoint.pipe, closes=False)
                 lanes[endpoint.sender] = Lane(pipe, endpoint.piece_bytes)
             with handover.stream(self._device, after):
                 return receive_cache(plan, self._rank, cache, lanes)
 
-        self._begin(handover, job)
+        self.begin(handover, job)
+
+    def moves_by_nccl(self, device_ids: Sequence[str], receiver: int) -> bool:
+        """Whether it is so from here to a rank of another gang: between two different GPUs.
+
+        NCCL refuses two ends on one, and the host's memory is there for the rest. device_ids: by rank of that gang.
+        """
+        other = device_ids[receiver] if receiver < len(device_ids) else ""
+        return bool(self._device_id and other) and self._device_id != other
+
+    def pipe_config(
+        self,
+        member: int,
+        meeting: tuple[str, int],
+        *,
+        nccl: bool,
+        token: str,
+        piece_bytes: int,
+        most_bytes: int,
+        seconds: float,
+    ) -> KvPipeConfig:
+        """This rank's end of a pipe between two gangs.
+
+        Args:
+            member: SENDER or RECEIVER.
+            meeting: address and port of the sender's store.
+            nccl: as moves_by_nccl says; else through the memory of hosts.
+            token: what both ends prove to know.
+            piece_bytes: of what is usually sent at a time.
+            most_bytes: of an item that is no such piece.
+            seconds: how long connecting, and one piece, may take.
+        """
+        return KvPipeConfig(
+            rank=member,
+            address=self._address,
+            master_address=meeting[0],
+            base_port=meeting[1],
+            token=token,
+            device="cuda" if nccl else "cpu",
+            local_rank=self._device.index or 0,
+            # At the limit one more passes.
+            send_limit_bytes=(_PIECES_UNDER_WAY - 1) * piece_bytes,
+            receive_limit_bytes=(_PIECES_UNDER_WAY - 1) * piece_bytes,
+            max_tensor_bytes=max(piece_bytes, most_bytes),
+            store_timeout_seconds=seconds,
+            deadline_seconds=seconds,
+        )
 
     def _known_pipe(self, handover: Handover, endpoint: kv_pb2.KvEndpoint) -> KvPipe:
         known = self._pool.take(endpoint.pipe, _IN_USE_SECONDS)
@@ -152,48 +208,31 @@ class Handovers:
         handover.adopt(known)
         return known.pipe
 
-    def _begin(self, handover: Handover, job: Callable[[], int]) -> None:
-        with self._lock:
-            self._known[handover.name] = handover
-        handover.start(job)
-
     def _endpoint(self, part: Part, device_ids: Sequence[str]) -> kv_pb2.KvEndpoint:
-        nccl = _moves_by_nccl(self._device_id, device_ids, part.receiver)
+        nccl = self.moves_by_nccl(device_ids, part.receiver)
         return kv_pb2.KvEndpoint(
             sender=part.sender,
             receiver=part.receiver,
             address=self._address,
             nccl=nccl,
-            piece_bytes=NCCL_PIECE_BYTES if nccl else GLOO_PIECE_BYTES,
+            piece_bytes=usual_piece_bytes(nccl=nccl),
         )
 
     def _config(self, endpoint: kv_pb2.KvEndpoint, member: int, seconds: float) -> KvPipeConfig:
-        return KvPipeConfig(
-            rank=member,
-            address=self._address,
-            master_address=endpoint.address,
-            base_port=endpoint.port,
+        return self.pipe_config(
+            member,
+            (endpoint.address, endpoint.port),
+            nccl=endpoint.nccl,
             token=self._token,
-            device="cuda" if endpoint.nccl else "cpu",
-            local_rank=self._device.index or 0,
-            # At the limit one more passes.
-            send_limit_bytes=(_PIECES_UNDER_WAY - 1) * endpoint.piece_bytes,
-            receive_limit_bytes=(_PIECES_UNDER_WAY - 1) * endpoint.piece_bytes,
-            max_tensor_bytes=max(endpoint.piece_bytes, _STATE_BYTES),
-            store_timeout_seconds=seconds,
-            deadline_seconds=seconds,
+            piece_bytes=endpoint.piece_bytes,
+            most_bytes=_STATE_BYTES,
+            seconds=seconds,
         )
 
 
 def _peer_of(world: str, receiver: int) -> str:
     """By what the pipes to a rank of a gang's world are known; "": the gang does not name it, so none is kept."""
     return f"{receiver} of {world}" if world else ""
-
-
-def _moves_by_nccl(own: str, others: Sequence[str], receiver: int) -> bool:
-    """Between two different GPUs. NCCL refuses two ends on one, and the host's memory is there for the rest."""
-    other = others[receiver] if receiver < len(others) else ""
-    return bool(own and other) and own != other
 
 
 def _endpoints_for(parts: Sequence[Part], endpoints: Sequence[kv_pb2.KvEndpoint]) -> list[kv_pb2.KvEndpoint]:

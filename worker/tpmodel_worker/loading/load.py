@@ -184,7 +184,7 @@ def _map_held(
         _logger.warning("%s cannot be mapped, loading anew: %s", arena_id, error)
         arenas.release(arena_id)
         return None
-    reason = _difference(wanted, manifest, plan)
+    reason = manifest_difference(wanted, manifest, plan)
     if reason is None and manifest.state == worker_pb2.ARENA_STATE_UPDATING:
         _logger.warning("%s was being updated: it waits for a full set of weights", arena_id)
         return arena, {}, None
@@ -211,7 +211,7 @@ def _read_persisted(
     """Fills the arena out of the file, and checks what has come; the digests."""
     manifest = persisted.files.describe(persisted.version)
     what = f"version {persisted.version} in {persisted.files.folder}"
-    reason = _difference(wanted, manifest, plan)
+    reason = manifest_difference(wanted, manifest, plan)
     if reason is not None:
         raise PersistedWeightsError(f"{what}: {reason}")
     persisted.files.read(persisted.version, arena.bytes[: plan.size], functools.partial(progress, "weights"))
@@ -223,7 +223,10 @@ def _read_persisted(
     return digests
 
 
-def _difference(wanted: worker_pb2.ArenaManifest, manifest: worker_pb2.ArenaManifest, plan: ArenaPlan) -> str | None:
+def manifest_difference(
+    wanted: worker_pb2.ArenaManifest, manifest: worker_pb2.ArenaManifest, plan: ArenaPlan
+) -> str | None:
+    """Why an arena that a manifest describes is of no use for a plan; None: it is."""
     if manifest.state not in (worker_pb2.ARENA_STATE_COMPLETE, worker_pb2.ARENA_STATE_UPDATING):
         return f"its state is {worker_pb2.ArenaState.Name(manifest.state)}"
     for field in ("layout_hash", "model_id", "quantization"):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from tpmodel.v1 import worker_pb2 as pb
+from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.kv.rank_handovers import Handovers
 from tpmodel_worker.rank.epoch import Epoch
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.rank.session import EpochGate
 from tpmodel_worker.rank.shard import ShardHolder
 from tpmodel_worker.rank.status import StatusBoard
+from tpmodel_worker.weights.copying import WeightCopies
 from tpmodel_worker.weights.updates import WeightUpdates
 
 _PROGRESS_SECONDS = 0.1
+
+_logger = logging.getLogger(__name__)
 
 
 class ModelRequests:
@@ -28,15 +33,17 @@ class ModelRequests:
         status: StatusBoard,
         shard: ShardHolder,
         updates: WeightUpdates,
+        copies: WeightCopies,
         handovers: Handovers,
     ) -> None:
-        """device_id: of the GPU, "" on CPU. updates, handovers: use the shard's memory beside the plans."""
+        """device_id: of the GPU, "" on CPU. updates, copies, handovers: use the shard's memory beside the plans."""
         self._rank = rank
         self._device_id = device_id
         self._gate = gate
         self._status = status
         self._shard = shard
         self._updates = updates
+        self._copies = copies
         self._handovers = handovers
 
     def load(self, epoch: Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
@@ -62,6 +69,8 @@ class ModelRequests:
         pods = epoch.init.pods
         try:
             self._updates.decide(request.load_dense_shard)
+            # That may have brought back what a copy had overwritten before.
+            self.drop_unfinished()
             ok = self._shard.load(
                 request.load_dense_shard,
                 communicator,
@@ -92,8 +101,9 @@ class ModelRequests:
         if runner is None:
             what = "no model is loaded" if self._shard.loaded is None else "the KV cache was not made: ClearKvCache"
             raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, what)
-        if plan.steps and not self._updates.whole:
-            raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, "the weights are incomplete: an update did not finish")
+        if plan.steps and (not self._updates.whole or self._copies.unfinished):
+            what = "a copy" if self._copies.unfinished else "an update"
+            raise RequestError(pb.ERROR_KIND_MODEL_NOT_LOADED, f"the weights are incomplete: {what} did not finish")
         if epoch.failed_seq:
             raise RequestError(
                 pb.ERROR_KIND_ABORTED, f"plan {epoch.failed_seq} failed before: clear the KV cache first"
@@ -110,14 +120,27 @@ class ModelRequests:
         self._updates.unload()
         self._leave_handovers("the model is unloaded")
         freed = self._shard.unload()
+        self._copies.superseded()
         self._show()
         self._status.update(slots_used=0)
         return pb.SessionResponse(unloaded=pb.Unloaded(freed_bytes=freed))
 
+    def drop_unfinished(self) -> None:
+        """Unloads weights that a copy has overwritten in part: whoever loads next must not take them for whole."""
+        if not self._copies.unfinished:
+            return
+        try:
+            self._shard.unload()
+        except ArenaError:
+            # What is held of them says that nobody may use them.
+            _logger.warning("the memory of a copy that was broken off is not given back", exc_info=True)
+        self._copies.superseded()
+        self._show()
+
     def _leave_handovers(self, reason: str) -> None:
         if not self._handovers.leave(reason):
             # Memory that a thread writes can't be given to anybody else.
-            raise RequestError(pb.ERROR_KIND_INTERNAL, f"{reason}, but the thread of a KV transfer does not end")
+            raise RequestError(pb.ERROR_KIND_INTERNAL, f"{reason}, but the thread of a transfer does not end")
 
     def _show(self) -> None:
         loaded = self._shard.loaded

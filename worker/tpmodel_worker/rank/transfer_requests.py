@@ -1,4 +1,4 @@
-"""What a session asks of a rank that moves between this gang and others: a trainer's weights, another gang's KV."""
+"""What a session asks of a rank that moves between this gang and others: weights, and requests' KV."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tpmodel_worker.rank.epoch import Epoch
 from tpmodel_worker.rank.errors import RequestError
 from tpmodel_worker.rank.shard import ShardHolder
 from tpmodel_worker.rank.status import StatusBoard
+from tpmodel_worker.weights.copying import WeightCopies
 from tpmodel_worker.weights.updates import WeightUpdates
 
 
@@ -18,22 +19,39 @@ class TransferRequests:
     """Used by the computing thread; the bytes move in threads of their own."""
 
     def __init__(
-        self, *, status: StatusBoard, shard: ShardHolder, updates: WeightUpdates, handovers: Handovers
+        self,
+        *,
+        status: StatusBoard,
+        shard: ShardHolder,
+        updates: WeightUpdates,
+        copies: WeightCopies,
+        handovers: Handovers,
     ) -> None:
-        """updates, handovers: move what the shard holds."""
+        """updates, copies, handovers: move what the shard holds."""
         self._status = status
         self._shard = shard
         self._updates = updates
+        self._copies = copies
         self._handovers = handovers
 
     def update_weights(self, epoch: Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
         """One step of a trainer's update. Raises RequestError, and what WeightUpdates.execute raises."""
         epoch.joined()
+        if request.weight_update.HasField("begin"):
+            self._copies.leave("a weight update begins")
         ok = self._updates.execute(request.weight_update)
-        loaded = self._shard.loaded
-        if loaded is not None:
-            self._status.update(weight_version=loaded.weight_version or 0, weights_digest=loaded.digest)
+        if not self._updates.whole:
+            # It overwrites whatever a copy had left, and knows itself that this is not whole.
+            self._copies.superseded()
+        self._show_weights()
         return pb.SessionResponse(weight_update_ok=ok)
+
+    def copy_weights(self, epoch: Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
+        """One step of a copy from or to another gang. Raises RequestError, and what WeightCopies.execute raises."""
+        epoch.joined()
+        ok = self._copies.execute(request.weight_copy)
+        self._show_weights()
+        return pb.SessionResponse(weight_copy_ok=ok)
 
     def transfer_kv(self, epoch: Epoch, request: pb.SessionRequest) -> pb.SessionResponse:
         """Begins this rank's part of a request's KV transfer. Raises RequestError, CommunicatorError."""
@@ -56,3 +74,8 @@ class TransferRequests:
         except (KvMismatchError, ValueError) as error:
             raise RequestError(pb.ERROR_KIND_INVALID_ARGUMENT, str(error)) from error
         return pb.SessionResponse(kv_transfer_ok=ok)
+
+    def _show_weights(self) -> None:
+        loaded = self._shard.loaded
+        if loaded is not None:
+            self._status.update(weight_version=loaded.weight_version or 0, weights_digest=loaded.digest)

@@ -26,6 +26,7 @@ from tpmodel_worker.rank.session import EpochEndedError, EpochGate
 from tpmodel_worker.rank.shard import ShardHolder
 from tpmodel_worker.rank.status import StatusBoard
 from tpmodel_worker.rank.transfer_requests import TransferRequests
+from tpmodel_worker.weights.copying import WeightCopies
 from tpmodel_worker.weights.persister import Persister
 from tpmodel_worker.weights.updates import WeightUpdates
 
@@ -79,7 +80,7 @@ class Worker:
         self._rank = rank
         self._gate = gate
         self._status = status
-        device_id = _device_id(device)
+        device_id, persister = _device_id(device), Persister(rank, status.persist)
         shard = ShardHolder(rank=rank, device=device, arenas=arenas, device_sharers=device_sharers)
         self._updates = updates = WeightUpdates(
             rank=rank,
@@ -88,10 +89,20 @@ class Worker:
             shard=shard,
             address=address,
             report=status.weight_update,
-            persister=Persister(rank, status.persist),
+            persister=persister,
         )
         self.handovers = handovers = Handovers(
             rank=rank, device=device, device_id=device_id, address=address, token=token
+        )
+        copies = WeightCopies(
+            rank=rank,
+            device=device,
+            address=address,
+            arenas=arenas,
+            shard=shard,
+            transfers=handovers,
+            persister=persister,
+            updating=lambda: updates.begun,
         )
         self._model = model = ModelRequests(
             rank=rank,
@@ -100,6 +111,7 @@ class Worker:
             status=status,
             shard=shard,
             updates=updates,
+            copies=copies,
             handovers=handovers,
         )
         joining = Joining(
@@ -111,7 +123,7 @@ class Worker:
             address=address,
             release=self._break_off,
         )
-        transfers = TransferRequests(status=status, shard=shard, updates=updates, handovers=handovers)
+        transfers = TransferRequests(status=status, shard=shard, updates=updates, copies=copies, handovers=handovers)
         self._commands: queue.SimpleQueue[_Open | _Leave | pb.SessionRequest] = queue.SimpleQueue()
         self._epoch: Epoch | None = None
         self._handlers: dict[str, Callable[[Epoch, pb.SessionRequest], pb.SessionResponse]] = {
@@ -121,6 +133,7 @@ class Worker:
             "clear_kv_cache": model.clear,
             "unload_model": model.unload,
             "weight_update": transfers.update_weights,
+            "weight_copy": transfers.copy_weights,
             "kv_transfer": transfers.transfer_kv,
             "shutdown": self._shut_down,
         }
@@ -178,10 +191,11 @@ class Worker:
         self._updates.leave("the epoch ends")
         while not self.handovers.leave("the epoch ends"):
             # What comes next would be written into; the supervisor's deadline ends the process.
-            _logger.error("the thread of a KV transfer does not end", extra={"epoch": epoch.number})
+            _logger.error("the thread of a transfer does not end", extra={"epoch": epoch.number})
         # The other gang's ranks know them by this world.
         self.handovers.close_pipes("the epoch ends")
         epoch.close(ABORT_SECONDS)
+        self._model.drop_unfinished()
         self._status.update(communicator="", slots_used=0)
 
     def _break_off(self, reason: str) -> None:

@@ -60,6 +60,10 @@ _FLAGS = {
 @click.option("--cache-dir", default="", show_default=False, help="Folder to download into; other pods may share it.")
 @click.option("--persist-updates", default="", show_default=False,
               help="Folder that outlives the pods, for weights that a trainer has sent.")  # fmt: skip
+@click.option("--weights-from", multiple=True, metavar="HOST:PORT",
+              help="Control ports of the model's other gangs, which have weights that this one lost.")  # fmt: skip
+@click.option("--weights-source", default="", show_default=False,
+              help="Name of the checkpoint that versions of the weights count from.")  # fmt: skip
 @click.option("--attempt-file", type=click.Path(), default=None, help="Holds the gang's attempt.")
 @click.option("--token-file", type=click.Path(), default=None, help="Holds the gang's own secret token.")
 @click.option("--trainer-token-file", type=click.Path(), default="", show_default=False,
@@ -155,6 +159,8 @@ def read_settings(options: dict[str, Any]) -> ServeSettings:
         max_model_len=options["max_model_len"],
         cache_dir=options["cache_dir"],
         persist_updates=options["persist_updates"],
+        weights_from=options["weights_from"],
+        weights_source=options["weights_source"],
         world_size=options["tensor_parallel_size"],
         ranks_per_pod=options["ranks_per_pod"] or options["tensor_parallel_size"],
         pod_index=options["pod_index"],

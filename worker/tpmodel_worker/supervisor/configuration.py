@@ -13,6 +13,7 @@ from types import MappingProxyType
 import pynvml
 
 from tpmodel.token_files import TokenFileError, read_token
+from tpmodel_worker.addresses import split_host_port
 from tpmodel_worker.models.config import ConfigError, read_model_config
 from tpmodel_worker.settings import ServeSettings
 from tpmodel_worker.supervisor import linux
@@ -61,10 +62,12 @@ def check_options(
         raise ConfigurationError(f"{flags['api_processes']} {settings.api_processes}: at least 1 is needed")
     if not 0 <= settings.drain_timeout < math.inf:
         raise ConfigurationError(f"{flags['drain_timeout']} {settings.drain_timeout}: a number of seconds is needed")
-    for source in settings.kv_sources:
-        host, _, port = source.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ConfigurationError(f"--kv-from {source}: HOST:PORT is needed, another gang's control port")
+    for flag, targets in (("--kv-from", settings.kv_sources), ("--weights-from", settings.weights_from)):
+        for target in targets:
+            try:
+                split_host_port(target)
+            except ValueError as error:
+                raise ConfigurationError(f"{flag} {error}, another gang's control port") from error
     _check_trainer_token(settings)
     _check_communicator(settings, flags)
     if check_devices(settings, flags, count_devices=count_devices):
@@ -101,6 +104,8 @@ def _check_trainer_token(settings: ServeSettings) -> None:
     """It is read anew for each call; what is wrong with it is said before anything starts."""
     file = settings.trainer_token_file
     if not file:
+        if settings.weights_from:
+            raise ConfigurationError("--weights-from: --trainer-token-file is needed, by which gangs know each other")
         return
     try:
         token = read_token(file)

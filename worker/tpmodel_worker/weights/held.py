@@ -7,7 +7,6 @@ death of this process, or of the engine, costs neither.
 from __future__ import annotations
 
 import gc
-import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.arenas.identity import ArenaId
+from tpmodel_worker.arenas.keeper import held_manifest
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.loading.load import LoadedModel, completed_manifest
 from tpmodel_worker.loading.plan import ArenaPlan, bind_parameters
@@ -147,7 +147,9 @@ class HeldWeights:
             self._shard.replace_weights(arena=replaced.arena, digest=replaced.digest, version=replaced.version)
             self._replaced = None
             _give_back(committed)
-            self._persister.keep(replaced.arena, self._manifest(replaced.arena))
+            manifest = self._manifest(replaced.arena)
+            if manifest.state == pb.ARENA_STATE_COMPLETE:
+                self._persister.keep(replaced.arena, manifest)
         self.withdraw()
 
     def decide(self, version: int | None) -> None:
@@ -190,20 +192,12 @@ class HeldWeights:
         _give_back(replaced.arena)
 
     def _whole_version(self, arena_id: ArenaId) -> int | None:
-        manifest = self._held_manifest(arena_id)
+        manifest = held_manifest(self._arenas, arena_id)
         whole = manifest is not None and manifest.state == pb.ARENA_STATE_COMPLETE
         return manifest.weight_version if manifest is not None and whole else None
 
-    def _held_manifest(self, arena_id: ArenaId) -> pb.ArenaManifest | None:
-        held = self._arenas.fetch(arena_id)
-        if held is None:
-            return None
-        descriptor, manifest = held
-        os.close(descriptor)
-        return manifest
-
     def _manifest(self, arena: Arena) -> pb.ArenaManifest:
-        manifest = self._held_manifest(arena.id)
+        manifest = held_manifest(self._arenas, arena.id)
         if manifest is None:
             raise ArenaError(f"{arena.id} is not held by the supervisor any more")
         return manifest

@@ -82,6 +82,11 @@ class WeightUpdates:
         loaded = self._shard.loaded
         return loaded is None or loaded.weight_version is not None
 
+    @property
+    def begun(self) -> bool:
+        """Whether the weights are an update's, until it is committed or aborted."""
+        return self._update is not None or self._held.undecided
+
     def execute(self, request: pb.WeightUpdateRequest) -> pb.WeightUpdateOk:
         """Takes one step.
 
