@@ -19,7 +19,7 @@ from support.checkpoints import ARCHITECTURES, VARIANTS, WHOLE_EXPERTS, make_che
 from support.devices import DEVICES
 from support.lockstep import LockstepWorld
 from support.oracle import Reference, TieLedger
-from support.scale import FULL, ORACLE_PROMPTS, ORACLE_TOKENS, ORACLE_WORLDS
+from support.scale import FULL, ORACLE_CACHE_TOKENS, ORACLE_PROMPTS, ORACLE_TOKENS, ORACLE_WORLDS
 from tpmodel import AsyncClient, Client
 from tpmodel.local import LocalServer
 from tpmodel_worker.models.config import read_model_config
@@ -29,7 +29,7 @@ from tpmodel_worker.rank.cache_sizes import KvShape
 WHOLE = "whole_experts"
 MODELS = VARIANTS | ARCHITECTURES | {WHOLE: ARCHITECTURES["qwen3_moe"] | WHOLE_EXPERTS}
 CASES = [(model, tp) for model in MODELS for tp in ((1, 2, 4) if FULL else ORACLE_WORLDS.get(model, ()))]
-SLOTS, BLOCK, CACHE_TOKENS, MAX_LENGTH = 16, 16, 640, 256
+SLOTS, BLOCK, MAX_LENGTH = 16, 16, 256
 STATE_BLOCK, SNAPSHOTS = 4, 8
 """Of models with recurrent state: small blocks, so that snapshots lie near to each other, too."""
 LONGEST = 160
@@ -68,13 +68,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def options_for(checkpoint: Path, model: str, tp: int) -> list[str]:
-    """Memory for all states and CACHE_TOKENS tokens: too few for the sequences that run at once."""
+    """Memory for all states and ORACLE_CACHE_TOKENS tokens: too few for the sequences that run at once."""
     whole = model == WHOLE
     config = read_model_config(checkpoint, world_size=tp, expert_parallel=whole)
     rank = build_model(config, communicator=LockstepWorld(tp).communicators[0], dtype=torch.float32)
     block = BLOCK if rank.state_shape is None else STATE_BLOCK
     shape = KvShape.of_model(rank, block_size=block, dtype=torch.float32, slots=SLOTS, snapshots=SNAPSHOTS)
-    memory = shape.state_bytes + (CACHE_TOKENS // block + 1) * shape.block_bytes
+    memory = shape.state_bytes + (ORACLE_CACHE_TOKENS // block + 1) * shape.block_bytes
     options = [*OPTIONS, "--block-size", str(block), "--kv-cache-memory", str(memory)]
     return [*options, "--state-snapshots", str(SNAPSHOTS), *(["--expert-parallel"] if whole else [])]
 
