@@ -11,9 +11,12 @@ BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard requirements/*.txt) $(w
 run: .venv/.ready
 	@$(PYTHON) examples/run.py
 
-# Each says what time and disk it took.
+# Each says what time and disk it took. What tests/e2e shows in the cluster is not shown twice here.
+test: WITHOUT := and not in_cluster_too
 test: e2e-needs
-	@for stage in lint unit integration e2e; do scripts/stage $$stage $(MAKE) --no-print-directory $$stage || exit; done
+	@for stage in lint unit integration e2e; do \
+		scripts/stage $$stage $(MAKE) --no-print-directory $$stage WITHOUT="$(WITHOUT)" || exit; \
+	done
 
 .venv/.ready: $(BUILD_INPUTS)
 	@bash scripts/setup
@@ -29,7 +32,7 @@ unit: .venv/.ready
 	OMP_NUM_THREADS=1 $(PYTEST) tests/unit -n 2 -m "not gpu"
 
 integration: .venv/.ready
-	$(PYTEST) tests/integration -m "not gpu"
+	$(PYTEST) tests/integration -m "not gpu $(WITHOUT)" --durations=0 --durations-min=10
 
 # Before the other tests take their time.
 e2e-needs: .venv/.ready

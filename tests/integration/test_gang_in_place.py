@@ -66,6 +66,7 @@ def loads(pod: GangPod) -> list[str]:
     return [line for line in pod.output.splitlines() if "digest" in line and "KV cache of up to" in line]
 
 
+@pytest.mark.in_cluster_too
 @pytest.mark.parametrize("name", ["rank 1", "rank 0"])
 def test_a_rank_killed_in_any_pod_is_replaced_there_and_no_pod_ends(gang: Gang, name: str) -> None:
     """P17, W26."""
@@ -85,6 +86,7 @@ def test_a_rank_killed_in_any_pod_is_replaced_there_and_no_pod_ends(gang: Gang, 
     assert all("mapped" in line and "(0 read)" in line for line in loads(leader)[2:])
 
 
+@pytest.mark.in_cluster_too
 def test_a_killed_engine_is_started_again_and_the_ranks_keep_their_weights(gang: Gang) -> None:
     """DESIGN section 7; the client resumes from the tokens that it has."""
     leader, worker = gang.start_all()
@@ -104,6 +106,7 @@ def test_a_killed_engine_is_started_again_and_the_ranks_keep_their_weights(gang:
     assert all("mapped" in line and "(0 read)" in line for line in loads(leader)[2:])
 
 
+@pytest.mark.in_cluster_too
 def test_survivors_wait_with_their_weights_for_the_successor_of_a_worker_pod(gang: Gang) -> None:
     leader, worker = gang.start_all()
     expected, before = undisturbed(leader.target), processes(leader)
@@ -120,6 +123,7 @@ def test_survivors_wait_with_their_weights_for_the_successor_of_a_worker_pod(gan
     assert "mapped" in line
 
 
+@pytest.mark.in_cluster_too
 def test_a_worker_pod_keeps_rank_and_weights_for_the_successor_of_its_leader(gang: Gang) -> None:
     leader, worker = gang.start_all()
     expected, before = undisturbed(leader.target), processes(worker)
@@ -149,6 +153,7 @@ def test_rebuilds_are_counted_in_the_pods_own_folder(gang: Gang) -> None:
     assert not worker.ended
 
 
+@pytest.mark.in_cluster_too
 def test_a_worker_pod_that_drains_leaves_alone_and_the_leader_keeps_its_weights(gang: Gang) -> None:
     """DESIGN section 4: running streams are finished first, and no other pod ends."""
     leader, worker = gang.start_all()
@@ -172,6 +177,7 @@ def test_a_worker_pod_that_drains_leaves_alone_and_the_leader_keeps_its_weights(
     assert "mapped" in line
 
 
+@pytest.mark.in_cluster_too
 def test_a_leader_pod_that_drains_leaves_alone_and_the_worker_pod_keeps_its_weights(gang: Gang) -> None:
     """DESIGN section 4."""
     leader, worker = gang.start_all()
