@@ -73,6 +73,7 @@ def full_disk(cache: Path, *, size: int, filler: int = 0) -> list[str]:
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
 
 
+@pytest.mark.in_cluster_too
 def test_two_gangs_of_two_pods_with_one_cache_fetch_each_byte_once_and_serve(tmp_path: Path, hub: HubServer) -> None:
     hub.pause_per_chunk = 0.05
     gangs = [new_gang(tmp_path / name, hub, tmp_path / "cache") for name in ("first", "second")]
@@ -90,6 +91,7 @@ def test_two_gangs_of_two_pods_with_one_cache_fetch_each_byte_once_and_serve(tmp
     assert hub.sent == {path.name: path.stat().st_size for path in MODEL.iterdir()}
 
 
+@pytest.mark.in_cluster_too
 def test_a_container_killed_in_mid_download_goes_on_where_it_was(gang: Gang, hub: HubServer) -> None:
     hub.pause_per_chunk = 0.5
     first = gang.start(0)

@@ -99,6 +99,7 @@ def test_a_leader_that_comes_back_at_another_address_is_found_and_the_gang_serve
     assert worker.pid_of("rank 1") == rank
 
 
+@pytest.mark.in_cluster_too
 def test_a_worker_pod_that_comes_back_under_a_new_address_finds_a_leader_whose_name_is_unknown_for_5_s(
     gang: Gang,
 ) -> None:
