@@ -9,7 +9,6 @@ import asyncio
 import math
 import os
 import signal
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ import pytest
 
 from support.checkpoints import ARCHITECTURES, HYBRID, WHOLE_EXPERTS, make_checkpoint, random_prompts
 from support.devices import DEVICES
+from support.local_servers import metric
 from support.oracle import Reference, TieLedger
 from support.waiting import until
 from tpmodel import AsyncClient, Client
@@ -96,12 +96,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Served(server, reference, TieLedger())
 
 
-def metric(server: LocalServer, name: str) -> float:
-    with urllib.request.urlopen(f"{server.http_url}/metrics", timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
 def test_the_memory_of_blocks_and_states_is_planned_together_and_reported_at_start(served: Served) -> None:
     """What --kv-cache-memory leaves beside the states of all slots and snapshots is blocks."""
     blocks = f"{BLOCKS} KV blocks of {BLOCK} tokens"
@@ -122,8 +116,8 @@ def test_slots_blocks_and_clients_come_and_go(served: Served) -> None:
     server = served.server
     answers = asyncio.run(under_pressure(server.target, prompts))
     again = asyncio.run(under_pressure(server.target, prompts[:2]))
-    assert metric(server, "tpmodel_preemptions_total") > 0
-    assert metric(server, "tpmodel_prefix_cache_hits_total") > 0
+    assert metric(f"{server.http_url}/metrics", "tpmodel_preemptions_total") > 0
+    assert metric(f"{server.http_url}/metrics", "tpmodel_prefix_cache_hits_total") > 0
     for index, prompt in enumerate(prompts):
         served.reference.check_greedy(prompt, answers[index], served.ledger, what=f"prompt {index}")
     assert again == answers[:2]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from support.checkpoints import ARCHITECTURES, VARIANTS, WHOLE_EXPERTS, make_checkpoint, random_prompts
 from support.devices import DEVICES
+from support.local_servers import metric
 from support.lockstep import LockstepWorld
 from support.oracle import Reference, TieLedger
 from support.scale import FULL, ORACLE_CACHE_TOKENS, ORACLE_PROMPTS, ORACLE_TOKENS, ORACLE_WORLDS
@@ -105,12 +105,6 @@ def one_by_one(target: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
         ]
 
 
-def metric(server: LocalServer, name: str) -> float:
-    with urllib.request.urlopen(f"{server.http_url}/metrics", timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
 @pytest.mark.parametrize(("model", "tp"), CASES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_greedy_tokens_are_those_of_transformers(
@@ -129,8 +123,8 @@ def test_greedy_tokens_are_those_of_transformers(
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
         # The second time it begins in the prefix cache for sure.
         assert one_by_one(server.target, [prompts[longest]] * 2) == [alone[longest]] * 2
-        assert metric(server, "tpmodel_preemptions_total") > 0
-        assert metric(server, "tpmodel_prefix_cache_hits_total") > 0
+        assert metric(f"{server.http_url}/metrics", "tpmodel_preemptions_total") > 0
+        assert metric(f"{server.http_url}/metrics", "tpmodel_prefix_cache_hits_total") > 0
     for index, prompt in enumerate(prompts):
         what = f"{model}, tp {tp}, prompt {index}"
         assert len(batched[index]) == len(alone[index]) == ORACLE_TOKENS

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from support.checkpoints import make_checkpoint
 from support.handover import start_all, stop_all
+from support.local_servers import kill_all, metric
 from support.stand_in_giver import Giver, givers
 from support.trainer import TOKEN, TrainedModel
 from support.updated_server import (
@@ -38,22 +37,10 @@ LONG = 100
 """Tokens of the streams that run while a gang starts and copies, one after the other."""
 
 
-def kill(server: LocalServer) -> None:
-    """Everything at once: supervisor, engine and ranks, and with them all memory."""
-    family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))]
-    for pid in family:
-        os.kill(pid, signal.SIGSTOP)
-    for pid in family:
-        os.kill(pid, signal.SIGKILL)
-    server.process.wait()
-
-
 def copies(server: LocalServer, direction: str, outcome: str) -> float:
     """How many the server has counted."""
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    name = f'tpmodel_weight_copies_total{{direction="{direction}",outcome="{outcome}"}} '
-    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+    labels = f'{{direction="{direction}",outcome="{outcome}"}} '
+    return metric(server.metrics_url, f"tpmodel_weight_copies_total{labels}")
 
 
 class Pair:
@@ -102,7 +89,7 @@ def test_a_gang_whose_processes_were_all_killed_comes_back_with_the_weights_of_t
     pair.taker.check()
     with Client(pair.giver.server.target) as client:
         alone = client.complete(PROMPTS[0], max_tokens=LONG, **GREEDY).token_ids[0]
-    kill(pair.taker.server)
+    kill_all(pair.taker.server)
     pair.taker = pair.make_taker()
     pair.taker.server.launch()
     streams: list[Stream] = []
@@ -208,7 +195,7 @@ class Lost:
 
     def start_anew(self) -> None:
         """With nothing in memory."""
-        kill(self.served.server)
+        kill_all(self.served.server)
         self.served.server = self._launched()
 
     def _launched(self) -> LocalServer:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
+from support.local_servers import kill_all, metric
 from support.trainer import TrainedModel
 from support.updated_server import TOKEN_FILE, Served, prepare, raw_stream, serve
 from support.waiting import until
-from tpmodel.local import LocalServer
 
 
 class Kept:
@@ -47,22 +43,6 @@ def options(kept: Kept) -> list[str]:
     return ["--persist-updates", str(kept.updates)]
 
 
-def kill(server: LocalServer) -> None:
-    """Everything at once: supervisor, engine and ranks, and with them all memory."""
-    family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))]
-    for pid in family:
-        os.kill(pid, signal.SIGSTOP)
-    for pid in family:
-        os.kill(pid, signal.SIGKILL)
-    server.process.wait()
-
-
-def metric(server: LocalServer, name: str) -> float:
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
-
-
 def versions(kept: Kept) -> list[str]:
     return sorted(path.name for path in kept.model.iterdir() if path.is_dir())
 
@@ -76,9 +56,9 @@ def test_updates_are_kept_and_older_ones_removed_once_all_ranks_have_the_newer(k
         until(lambda: versions(kept) == [str(served.version)], "the older one is removed")
         names = sorted(path.name for path in (kept.model / str(served.version)).iterdir())
         assert names == ["rank-0.json", "rank-0.weights", "rank-1.json", "rank-1.weights"]
-        assert metric(served.server, "tpmodel_persisted_weight_version") == served.version
+        assert metric(served.server.metrics_url, "tpmodel_persisted_weight_version") == served.version
         kept.remember(served)
-        kill(served.server)
+        kill_all(served.server)
 
 
 def test_a_server_without_memory_comes_back_with_the_updated_weights(kept: Kept) -> None:
@@ -94,7 +74,7 @@ def test_a_server_without_memory_comes_back_with_the_updated_weights(kept: Kept)
         with served.connect(mode="shadow") as trainer:
             served.update(trainer)
         until(lambda: "Not a directory" in served.state().persist_error, "the failure is told")
-        assert metric(served.server, "tpmodel_weight_persist_failures_total") == 1
+        assert metric(served.server.metrics_url, "tpmodel_weight_persist_failures_total") == 1
         assert served.ready()
         served.check()
         kept.updates.unlink()
@@ -105,7 +85,7 @@ def test_a_server_without_memory_comes_back_with_the_updated_weights(kept: Kept)
         assert served.state().persist_error == ""
         until(lambda: versions(kept) == [str(served.version)], "the older one is removed")
         kept.remember(served)
-        kill(served.server)
+        kill_all(served.server)
 
 
 @pytest.fixture

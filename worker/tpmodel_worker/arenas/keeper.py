@@ -6,6 +6,7 @@ import os
 from typing import Protocol
 
 from tpmodel.v1 import worker_pb2
+from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.arenas.identity import ArenaId
 from tpmodel_worker.arenas.memory import Arena
 
@@ -37,6 +38,14 @@ def held_manifest(keeper: ArenaKeeper, arena_id: ArenaId) -> worker_pb2.ArenaMan
         return None
     descriptor, manifest = held
     os.close(descriptor)
+    return manifest
+
+
+def manifest_of(keeper: ArenaKeeper, arena: Arena) -> worker_pb2.ArenaManifest:
+    """What is said of an arena that this process has stored or mapped. Raises ArenaError where it is not held."""
+    manifest = held_manifest(keeper, arena.id)
+    if manifest is None:
+        raise ArenaError(f"{arena.id} is not held by the supervisor any more")
     return manifest
 
 

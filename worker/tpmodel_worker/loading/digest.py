@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 HOST_CHUNK_WORDS = 1 << 18
@@ -43,3 +45,8 @@ def digest_bytes(data: torch.Tensor) -> torch.Tensor:
 def unsigned(value: int) -> int:
     """The 64 bits of a signed number as an unsigned one."""
     return value % (1 << 64)
+
+
+def shard_digest(digests: Mapping[str, int]) -> int:
+    """One number for all tensors of a shard, from the digest of each by its name: their sum, modulo 2^64."""
+    return unsigned(sum(digests.values()))

@@ -19,7 +19,7 @@ from tpmodel_worker.arenas.keeper import ArenaKeeper
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.communicator import Communicator
 from tpmodel_worker.loading.checkpoint_files import read_checkpoint
-from tpmodel_worker.loading.digest import digest_bytes, unsigned
+from tpmodel_worker.loading.digest import digest_bytes, shard_digest, unsigned
 from tpmodel_worker.loading.dummy import fill_dummy
 from tpmodel_worker.loading.persisted import PersistedWeightsError, ShardFiles
 from tpmodel_worker.loading.plan import ArenaPlan, bind_parameters, plan_weights, target_view
@@ -154,7 +154,7 @@ def load_model(
         arena=arena,
         bytes=plan.tensor_bytes,
         bytes_read=bytes_read,
-        digest=sum(digests.values()) % (1 << 64),
+        digest=shard_digest(digests),
         mapped=mapped is not None,
         weight_version=held_version if mapped is not None else version,
     )

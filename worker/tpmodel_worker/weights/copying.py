@@ -16,8 +16,7 @@ from google.protobuf.message import DecodeError
 from tpmodel.v1 import weights_pb2
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.addresses import join_host_port
-from tpmodel_worker.arenas.errors import ArenaError
-from tpmodel_worker.arenas.keeper import ArenaKeeper, held_manifest
+from tpmodel_worker.arenas.keeper import ArenaKeeper, manifest_of
 from tpmodel_worker.arenas.memory import Arena
 from tpmodel_worker.comm.rendezvous import start_store
 from tpmodel_worker.kv.config import KvPipeConfig
@@ -27,6 +26,7 @@ from tpmodel_worker.kv.plan import usual_piece_bytes
 from tpmodel_worker.kv.rank_handovers import RECEIVER, SENDER, Handovers
 from tpmodel_worker.kv.staging import now_on
 from tpmodel_worker.kv.transfer import Lane, ReceivingEnd, SendingEnd
+from tpmodel_worker.loading.digest import shard_digest
 from tpmodel_worker.loading.load import LoadedModel, completed_manifest, digest_tensors, manifest_difference
 from tpmodel_worker.loading.plan import ArenaPlan, plan_weights
 from tpmodel_worker.rank.errors import RequestError
@@ -131,7 +131,7 @@ class WeightCopies:
             whole = loaded.weight_version is not None and not self.unfinished
             held = loaded.weight_version if whole else "none that are whole"
             raise out_of_order("send", f"version {request.version} of the weights is asked for, this rank has {held}")
-        manifest, plan = self._manifest(loaded), plan_weights(loaded.model)
+        manifest, plan = manifest_of(self._arenas, loaded.arena), plan_weights(loaded.model)
         store = start_store(self._address)
         endpoint = weights_pb2.WeightEndpoint(
             address=self._address,
@@ -155,7 +155,7 @@ class WeightCopies:
         """Begins to receive over the weights that the model has."""
         self._check_idle("receive")
         loaded, endpoint = self._loaded(), request.receive.endpoint
-        wanted, plan = self._manifest(loaded), plan_weights(loaded.model)
+        wanted, plan = manifest_of(self._arenas, loaded.arena), plan_weights(loaded.model)
         self._mark_loading(loaded, wanted)
         wanted.weight_version = request.version
         self._current = handover = self._transfers.new(request.transfer)
@@ -183,10 +183,12 @@ class WeightCopies:
         if (received.transfer, received.version) != (request.transfer, request.version):
             what = f"version {received.version} has come by {received.transfer!r}"
             raise out_of_order("commit", f"version {request.version} by {request.transfer!r} is asked for, {what}")
-        committed = completed_manifest(self._manifest(loaded), loaded.arena, received.digests, version=received.version)
+        committed = completed_manifest(
+            manifest_of(self._arenas, loaded.arena), loaded.arena, received.digests, version=received.version
+        )
         self._arenas.update_manifest(committed)
         self.superseded()
-        digest = sum(received.digests.values()) % (1 << 64)
+        digest = shard_digest(received.digests)
         self._shard.replace_weights(arena=loaded.arena, digest=digest, version=received.version)
         self._persister.keep(loaded.arena, committed)
 
@@ -218,12 +220,6 @@ class WeightCopies:
         manifest.state = pb.ARENA_STATE_LOADING
         self._arenas.update_manifest(manifest)
         self._overwritten = loaded.arena
-
-    def _manifest(self, loaded: LoadedModel) -> pb.ArenaManifest:
-        manifest = held_manifest(self._arenas, loaded.arena.id)
-        if manifest is None:
-            raise ArenaError(f"{loaded.arena.id} is not held by the supervisor any more")
-        return manifest
 
     def _loaded(self) -> LoadedModel:
         loaded = self._shard.loaded

@@ -12,10 +12,10 @@ from typing import Protocol
 
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
-from tpmodel_worker.arenas.errors import ArenaError
 from tpmodel_worker.arenas.identity import ArenaId
-from tpmodel_worker.arenas.keeper import held_manifest
+from tpmodel_worker.arenas.keeper import held_manifest, manifest_of
 from tpmodel_worker.arenas.memory import Arena
+from tpmodel_worker.loading.digest import shard_digest
 from tpmodel_worker.loading.load import LoadedModel, completed_manifest
 from tpmodel_worker.loading.plan import ArenaPlan, bind_parameters
 from tpmodel_worker.weights.persister import Persister
@@ -76,7 +76,7 @@ class HeldWeights:
         self._persister.choose(folder)
         loaded = self._shard.loaded
         if loaded is not None and loaded.weight_version:
-            self._persister.keep(loaded.arena, self._manifest(loaded.arena))
+            self._persister.keep(loaded.arena, manifest_of(self._arenas, loaded.arena))
 
     def find_persisted(self, folder: str, ok: pb.WeightUpdateOk) -> None:
         """Says which versions are in files, and which one is in memory."""
@@ -104,14 +104,14 @@ class HeldWeights:
         self._persister.cancel()
         if loaded.weight_version is None:
             return
-        manifest = self._manifest(loaded.arena)
+        manifest = manifest_of(self._arenas, loaded.arena)
         manifest.state = pb.ARENA_STATE_UPDATING
         self._arenas.update_manifest(manifest)
         self._shard.replace_weights(arena=target.arena, digest=0, version=None)
 
     def hold(self, loaded: LoadedModel, target: WeightTarget, digests: dict[str, int], version: int) -> None:
         """A second set is whole: whoever takes this process' place finds it beside the one in use."""
-        manifest = self._manifest(loaded.arena)
+        manifest = manifest_of(self._arenas, loaded.arena)
         self._arenas.store(target.arena, completed_manifest(manifest, target.arena, digests, version=version))
 
     def withdraw(self) -> None:
@@ -120,7 +120,7 @@ class HeldWeights:
 
     def commit(self, loaded: LoadedModel, target: WeightTarget, digests: dict[str, int], version: int) -> None:
         """In place: the target's weights are whole again, under this version."""
-        manifest = self._manifest(loaded.arena)
+        manifest = manifest_of(self._arenas, loaded.arena)
         self._arenas.update_manifest(completed_manifest(manifest, target.arena, digests, version=version))
         self._use(target.arena, digests, version)
 
@@ -136,7 +136,7 @@ class HeldWeights:
         self._give_back_replaced()
         loaded = self._shard.loaded
         if loaded is not None:
-            self._persister.keep(loaded.arena, self._manifest(loaded.arena))
+            self._persister.keep(loaded.arena, manifest_of(self._arenas, loaded.arena))
 
     def revert(self) -> None:
         """The update is taken back: of two sets the first is in use, and the only one. Idempotent."""
@@ -147,7 +147,7 @@ class HeldWeights:
             self._shard.replace_weights(arena=replaced.arena, digest=replaced.digest, version=replaced.version)
             self._replaced = None
             _give_back(committed)
-            manifest = self._manifest(replaced.arena)
+            manifest = manifest_of(self._arenas, replaced.arena)
             if manifest.state == pb.ARENA_STATE_COMPLETE:
                 self._persister.keep(replaced.arena, manifest)
         self.withdraw()
@@ -180,7 +180,7 @@ class HeldWeights:
         return self._whole_version(self._second) == version != self._whole_version(self._first)
 
     def _use(self, arena: Arena, digests: dict[str, int], version: int) -> None:
-        self._shard.replace_weights(arena=arena, digest=sum(digests.values()) % (1 << 64), version=version)
+        self._shard.replace_weights(arena=arena, digest=shard_digest(digests), version=version)
 
     def _give_back_replaced(self) -> None:
         replaced, loaded = self._replaced, self._shard.loaded
@@ -195,12 +195,6 @@ class HeldWeights:
         manifest = held_manifest(self._arenas, arena_id)
         whole = manifest is not None and manifest.state == pb.ARENA_STATE_COMPLETE
         return manifest.weight_version if manifest is not None and whole else None
-
-    def _manifest(self, arena: Arena) -> pb.ArenaManifest:
-        manifest = held_manifest(self._arenas, arena.id)
-        if manifest is None:
-            raise ArenaError(f"{arena.id} is not held by the supervisor any more")
-        return manifest
 
 
 def _give_back(arena: Arena) -> None:

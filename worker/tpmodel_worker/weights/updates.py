@@ -17,6 +17,7 @@ from tpmodel.v1 import weights_pb2
 from tpmodel.v1 import worker_pb2 as pb
 from tpmodel_worker.arenas.client import ArenaClient
 from tpmodel_worker.arenas.memory import Arena
+from tpmodel_worker.loading.digest import shard_digest
 from tpmodel_worker.loading.load import LoadedModel, digest_tensors
 from tpmodel_worker.loading.plan import ArenaPlan, plan_weights
 from tpmodel_worker.rank.errors import RequestError
@@ -253,7 +254,7 @@ class WeightUpdates:
         if update.shadow:
             self._held.hold(loaded, update.target, digests, version)
         update.prepared = _Prepared(digests, version)
-        return sum(digests.values()) % (1 << 64)
+        return shard_digest(digests)
 
     def _commit(self, loaded: LoadedModel, version: int) -> None:
         update = self._update_for("commit")
