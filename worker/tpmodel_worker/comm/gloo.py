@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from tpmodel_worker.comm.communicator import (
     CommunicatorAbortedError,
     CommunicatorError,
 )
+from tpmodel_worker.comm.flight_recorder import RECORDING, keep_off
 from tpmodel_worker.comm.meeting import Meeting
 from tpmodel_worker.comm.sockets import Connections
 from tpmodel_worker.comm.specification import CommunicatorSpec
@@ -70,14 +72,15 @@ class GlooCommunicator(Communicator):
         group = self._enter("all_reduce")
         # Gloo rounds half types after every addition; everywhere else they are rounded once.
         summed = (tensor.float() if tensor.dtype in _HALF_TYPES else tensor).cpu()
-        self._finish("all_reduce", group.allreduce([summed]))
+        self._run("all_reduce", lambda: group.allreduce([summed]))
         if summed is not tensor:
             tensor.copy_(summed)
 
     def _all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         group = self._enter("all_gather")
         gathered = torch.empty((self.world_size, *tensor.shape), dtype=tensor.dtype)
-        self._finish("all_gather", group.allgather([list(gathered.unbind(0))], [tensor.cpu()]))
+        own = tensor.cpu()
+        self._run("all_gather", lambda: group.allgather([list(gathered.unbind(0))], [own]))
         return gathered.to(self.device)
 
     def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
@@ -85,13 +88,14 @@ class GlooCommunicator(Communicator):
         options = BroadcastOptions()
         options.rootRank = root
         staged = tensor.cpu()
-        self._finish("broadcast", group.broadcast([staged], options))
+        self._run("broadcast", lambda: group.broadcast([staged], options))
         if staged is not tensor and self.rank != root:
             tensor.copy_(staged)
 
     def barrier(self) -> None:
         """Returns once every rank has called it. Gloo's own, so that members outside this project can."""
-        self._finish("barrier", self._enter("barrier").barrier())
+        group = self._enter("barrier")
+        self._run("barrier", group.barrier)
 
     def abort(self, reason: str) -> None:
         """Cuts the connections: what Gloo has in flight fails, which releases the computing thread. Idempotent."""
@@ -120,7 +124,9 @@ class GlooCommunicator(Communicator):
             raise CommunicatorError(f"rank {self.rank}: a collective of epoch {self._epoch} has failed before")
         return self._group
 
-    def _finish(self, operation: str, work: Work | None) -> None:
+    def _run(self, operation: str, begin: Callable[[], Work | None]) -> None:
+        with RECORDING:
+            work = begin()
         assert work is not None, "Gloo always gives the work back"
         self._unfinished = work
         # abort may have cut the connections before the collective began.
@@ -164,6 +170,7 @@ def open_gloo(
     Raises:
         CommunicatorError: a rank could not be connected to.
     """
+    keep_off()
     address = spec.address or own_address(spec.rendezvous)
     # Not in torch's stubs; without devices of its own Gloo listens where the host's name leads.
     options: Any = cast("Any", ProcessGroupGloo)._Options()

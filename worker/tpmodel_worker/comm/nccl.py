@@ -31,6 +31,7 @@ from tpmodel_worker.comm.communicator import (
     CommunicatorAbortedError,
     CommunicatorError,
 )
+from tpmodel_worker.comm.flight_recorder import keep_off
 from tpmodel_worker.comm.interfaces import interface_of
 from tpmodel_worker.comm.launches import EpochOverError, Launches
 from tpmodel_worker.comm.meeting import Meeting
@@ -188,6 +189,7 @@ def _set_environment(timeout_seconds: float, address: str) -> None:
         if interface is None:
             raise CommunicatorError(f"{address} is on no network interface here")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    keep_off()
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
     os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] = "0"
