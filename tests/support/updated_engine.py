@@ -92,11 +92,14 @@ class RankPool:
 class UpdatedEngine:
     """One engine's updates; calls are those of WeightService."""
 
-    def __init__(self, world: World, folder: Path, ranks: int = 2) -> None:
+    def __init__(self, world: World, folder: Path, ranks: int = 2, *, loaded: bool = True) -> None:
+        """loaded: whether the ranks have told the engine what they have."""
         self.ranks = world.ranks(ranks)
         self.rank_pool = RankPool(self.ranks)
         self.pool: Pool | None = cast("Pool", self.rank_pool)
         self.status = EngineStatus("instance", ranks, "m", 64)
+        if loaded:
+            self.status.set_loaded_versions([0] * ranks)
         registry = CollectorRegistry()
         metrics = EngineMetrics(registry)
         self.loop: ServingLoop | None = ServingLoop(

@@ -53,6 +53,17 @@ def check_ended(engine: UpdatedEngine, *, shadow: bool, touched: bool = True) ->
         assert engine.status.weights_condition == "WeightsIncomplete"
 
 
+async def test_an_engine_that_has_not_loaded_names_no_version(world: World, tmp_path: Path) -> None:
+    """E46: what a new engine's ranks have may be any version, or none."""
+    engine = UpdatedEngine(world, tmp_path, loaded=False)
+    served = engine.updates.served
+    assert (served.HasField("version"), served.reason) == (False, "Loading")
+    engine.status.set_loaded_versions([3, 3])
+    served = engine.updates.served
+    assert (served.version, served.reason) == (3, "")
+    await engine.close()
+
+
 STEPS = ("join", "begin", "receive", "prepare", "commit")
 
 

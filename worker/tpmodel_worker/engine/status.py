@@ -15,6 +15,7 @@ MAX_REBUILDS = 8
 WEIGHTS_UPDATING = "WeightsUpdating"
 WEIGHTS_INCOMPLETE = "WeightsIncomplete"
 WEIGHTS_LOST = "WeightsLost"
+WEIGHTS_LOADING = "Loading"
 _MAX_CAUSE = 2000
 _FAILED = frozenset({worker_pb2.PHASE_FAILED})
 _DRAINS = frozenset({worker_pb2.PHASE_DRAINING, worker_pb2.PHASE_DRAINED})
@@ -40,6 +41,8 @@ class EngineStatus:
         self._timer: asyncio.TimerHandle | None = None
         self.newest_version = 0
         """Of the weights, among all that the gang has ever committed: a new one has to be above it."""
+        self.has_loaded = False
+        """Whether ranks have told this engine what they have."""
 
     @property
     def state(self) -> worker_pb2.EngineState:
@@ -160,6 +163,7 @@ class EngineStatus:
 
         committed: the version that the gang is known to have had. Ranks with an older one have lost it.
         """
+        self.has_loaded = True
         known = max(self._state.weight_version, committed)
         self.newest_version = max(self.newest_version, known, *(version or 0 for version in versions))
         condition = message = ""

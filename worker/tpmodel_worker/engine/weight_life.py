@@ -12,7 +12,7 @@ from tpmodel.v1 import weights_pb2, worker_pb2
 from tpmodel_worker.engine.errors import PoolError
 from tpmodel_worker.engine.pool import Pool
 from tpmodel_worker.engine.served_world import ServedWorld
-from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOST, EngineStatus
+from tpmodel_worker.engine.status import WEIGHTS_INCOMPLETE, WEIGHTS_LOADING, WEIGHTS_LOST, EngineStatus
 from tpmodel_worker.engine.trainer_link import TrainerLink
 from tpmodel_worker.engine.weight_errors import UpdateError, failure_of
 from tpmodel_worker.engine.weight_pause import Pause
@@ -74,6 +74,9 @@ class UpdateLife:
         if self.touched or condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST):
             served.reason = condition if condition in (WEIGHTS_INCOMPLETE, WEIGHTS_LOST) else WEIGHTS_INCOMPLETE
             served.message = self._status.state.weights_message or "an update is under way"
+        elif not self._status.has_loaded:
+            served.reason = WEIGHTS_LOADING
+            served.message = "the engine has not loaded weights yet"
         else:
             served.version = self._status.state.weight_version
         return served
