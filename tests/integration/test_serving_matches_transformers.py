@@ -34,6 +34,7 @@ STATE_BLOCK, SNAPSHOTS = 4, 8
 """Of models with recurrent state: small blocks, so that snapshots lie near to each other, too."""
 LONGEST = 160
 """Tokens of a prompt: more than one step takes, and than the linear layers compute at once."""
+LONG_ANSWER = 150
 OPTIONS = [
     *("--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-num-seqs", str(SLOTS)),
     *("--max-num-batched-tokens", "100", "--log-format", "json"),
@@ -98,6 +99,16 @@ async def all_at_once(target: str, prompts: list[list[int]]) -> list[tuple[int, 
     return [result.token_ids[0] for result in results]
 
 
+async def outgrow_memory(target: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """The tokens of prompts that fit beside each other with answers that do not, and last long enough to meet."""
+    async with AsyncClient(target) as client:
+        answers = [
+            client.complete(prompt, max_tokens=LONG_ANSWER, temperature=0, ignore_eos=True) for prompt in prompts
+        ]
+        results = await asyncio.gather(*answers)
+    return [result.token_ids[0] for result in results]
+
+
 def one_by_one(target: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
     with Client(target) as client:
         return [
@@ -113,6 +124,9 @@ def test_greedy_tokens_are_those_of_transformers(
     reference = models.reference(model)
     vocabulary = MODELS[model].get("vocab_size", 512)
     prompts = random_prompts(ORACLE_PROMPTS, shortest=3, longest=LONGEST, vocabulary=vocabulary, seed=tp)
+    growing = random_prompts(
+        ORACLE_CACHE_TOKENS // 128, shortest=100, longest=100, vocabulary=vocabulary, seed=100 + tp
+    )
     checkpoint = models.checkpoint(model)
     options = options_for(checkpoint, model, tp)
     if device == "cuda":
@@ -123,6 +137,7 @@ def test_greedy_tokens_are_those_of_transformers(
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
         # The second time it begins in the prefix cache for sure.
         assert one_by_one(server.target, [prompts[longest]] * 2) == [alone[longest]] * 2
+        grown = asyncio.run(outgrow_memory(server.target, growing))
         assert metric(f"{server.http_url}/metrics", "tpmodel_preemptions_total") > 0
         assert metric(f"{server.http_url}/metrics", "tpmodel_prefix_cache_hits_total") > 0
     for index, prompt in enumerate(prompts):
@@ -131,3 +146,6 @@ def test_greedy_tokens_are_those_of_transformers(
         reference.check_greedy(prompt, batched[index], ledger, what=f"{what}, in a batch")
         if alone[index] != batched[index]:
             reference.check_greedy(prompt, alone[index], ledger, what=f"{what}, alone")
+    for index, prompt in enumerate(growing):
+        assert len(grown[index]) == LONG_ANSWER
+        reference.check_greedy(prompt, grown[index], ledger, what=f"{model}, tp {tp}, long answer {index}")

@@ -11,7 +11,7 @@ WEIGHT_UPDATES = 100 if FULL else 20
 ORACLE_PROMPTS = 16 if FULL else 8
 ORACLE_TOKENS = 64 if FULL else 40
 ORACLE_CACHE_TOKENS = 640 if FULL else 384
-"""Room for less than half of all prompts and answers, so that some are preempted however they come."""
+"""Room for less than half of all prompts and answers."""
 ORACLE_WORLDS: dict[str, tuple[int, ...]] = {
     "untied": (1, 2),
     "tied": (2,),
