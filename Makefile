@@ -33,7 +33,7 @@ unit: .venv/.ready
 
 # Most wait for processes most of the time: two modules at a time. Those that measure times have the machine alone.
 integration: .venv/.ready
-	$(PYTEST) tests/integration -m "not gpu and not alone $(WITHOUT)" -n 2 --dist loadfile --durations=0 --durations-min=10
+	OMP_NUM_THREADS=1 $(PYTEST) tests/integration -m "not gpu and not alone $(WITHOUT)" -n 2 --dist loadfile --durations=0 --durations-min=10
 	$(PYTEST) tests/integration -m "not gpu and alone $(WITHOUT)" --durations=0 --durations-min=10
 
 # Before the other tests take their time.

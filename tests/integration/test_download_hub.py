@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.hub_server import COMMIT, HubServer
+from support.waiting import until
 from tpmodel_worker.supervisor import fetch
 from tpmodel_worker.supervisor.configuration import ConfigurationError
 from tpmodel_worker.supervisor.download import Download
@@ -114,14 +115,16 @@ def test_many_pods_with_one_cache_fetch_each_byte_once(server: HubServer, tmp_pa
     threads = [threading.Thread(target=lambda each=each: folders.append(each.run())) for each in downloads]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
-    waiting = [each for each in downloads if "which fetches into the same cache" in each.progress.waiting_for]
+
+    def waiting() -> list[Download]:
+        return [each for each in downloads if "which fetches into the same cache" in each.progress.waiting_for]
+
+    until(waiting, "somebody waits", 30)
     for thread in threads:
         thread.join(30)
     assert len(set(folders)) == 1
     assert len(folders) == 6
     assert server.sent == {name: len(server.files[name]) for name in NEEDED}
-    assert waiting
 
 
 def test_a_broken_connection_is_resumed_where_it_broke(server: HubServer, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_greedy_tokens_are_those_of_transformers(
     reference = models.reference(model)
     vocabulary = MODELS[model].get("vocab_size", 512)
     prompts = random_prompts(ORACLE_PROMPTS, shortest=3, longest=LONGEST, vocabulary=vocabulary, seed=tp)
+    # As many as fit beside each other, of whose whole answers not even two do.
     growing = random_prompts(
         ORACLE_CACHE_TOKENS // 128, shortest=100, longest=100, vocabulary=vocabulary, seed=100 + tp
     )

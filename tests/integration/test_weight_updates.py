@@ -265,8 +265,8 @@ class TestFailures:
     """E46."""
 
     def test_in_place_serves_nothing_until_a_full_set_heals_it(self, served: Served) -> None:
-        stream = raw_stream(served.server.target)
         with served.connect() as trainer:
+            stream = raw_stream(served.server.target)
             with pytest.raises(RuntimeError, match="the trainer fails"):
                 self.break_off(served, trainer)
             assert trainer.versions() == [None]

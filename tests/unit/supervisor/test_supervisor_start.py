@@ -156,13 +156,17 @@ def test_what_a_killed_supervisor_left_is_removed_by_the_next(tmp_path: Path) ->
     for folder in (abandoned, young):
         folder.mkdir()
         (folder / "settings.json").touch()
-    os.utime(abandoned, (0, 0))
+    others = tmp_path / "tpmodel-models"
+    others.mkdir()
+    for folder in (abandoned, others):
+        os.utime(folder, (0, 0))
     with runtime_folder(settings) as living:
         os.utime(living.runtime_dir, (0, 0))
         with runtime_folder(settings):
             assert Path(living.runtime_dir).is_dir(), "it is in use"
             assert young.is_dir(), "its supervisor may not have come to lock it yet"
             assert not abandoned.exists()
+            assert others.is_dir(), "no supervisor has made it"
 
 
 def test_a_token_is_drawn_where_none_is_given(tmp_path: Path) -> None:

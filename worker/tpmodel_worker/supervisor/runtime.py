@@ -72,6 +72,9 @@ def _remove_abandoned(parent: Path) -> None:
             status = folder.lstat()
             if status.st_uid != os.getuid() or time.time() - status.st_mtime < _UNLOCKED_SECONDS:
                 continue
+            if not (folder / _SETTINGS_FILE).is_file():
+                # Somebody else's, with such a name; or of one that was killed in its first moments.
+                continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
