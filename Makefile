@@ -31,10 +31,8 @@ lint: .venv/.ready
 unit: .venv/.ready
 	OMP_NUM_THREADS=1 $(PYTEST) tests/unit -n 2 -m "not gpu"
 
-# Most wait for processes most of the time: two modules at a time. Those that measure times have the machine alone.
 integration: .venv/.ready
-	OMP_NUM_THREADS=1 $(PYTEST) tests/integration -m "not gpu and not alone $(WITHOUT)" -n 2 --dist loadfile --durations=0 --durations-min=10
-	$(PYTEST) tests/integration -m "not gpu and alone $(WITHOUT)" --durations=0 --durations-min=10
+	$(PYTEST) tests/integration -m "not gpu $(WITHOUT)" --durations=0 --durations-min=10
 
 # Before the other tests take their time.
 e2e-needs: .venv/.ready
