@@ -162,7 +162,7 @@ def running(*flags: str) -> Iterator[ApiServer]:
 
     No controller runs: nothing makes pods of a StatefulSet, collects garbage or adds service accounts.
     """
-    with tempfile.TemporaryDirectory(prefix="apiserver-tpmodel-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tpmodel-apiserver-") as folder:
         api = _started(Path(folder), flags)
         try:
             yield api

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from support.api_process import START_SECONDS, api_under_test, start_api
+from support.api_process import api_under_test, start_api
 from support.scripted_engine import Exchange, ScriptedEngine, replies
 from tpmodel.v1 import inference_pb2, inference_pb2_grpc, pod_pb2
 from tpmodel_worker.api.engine_link import EngineLink
@@ -93,7 +93,7 @@ async def test_two_processes_share_the_ports_and_the_metrics() -> None:
     async with api_under_test(replies([5])) as api:
         second = await start_api(api.settings, index=1)
         try:
-            async with asyncio.timeout(START_SECONDS):
+            async with asyncio.timeout(SECONDS):
                 while (await api.reports.get()).name != "api 1":
                     pass
                 # A connection lands on one of the two; the count covers both.
@@ -126,7 +126,7 @@ async def test_a_checkpoint_that_cannot_be_served_ends_with_64() -> None:
         config = Path(api.settings.model_path) / "config.json"
         config.write_text(config.read_text().replace('"qwen3"', '"other"'))
         broken = await start_api(api.settings, index=1)
-        assert await asyncio.wait_for(broken.wait(), START_SECONDS) == 64
+        assert await asyncio.wait_for(broken.wait(), SECONDS) == 64
 
 
 async def test_a_request_that_nobody_reads_is_cancelled_and_the_link_goes_on(tmp_path: Path) -> None:

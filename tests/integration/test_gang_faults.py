@@ -26,7 +26,6 @@ def complete(target: str) -> int:
         return len(client.complete("Tell me", max_tokens=8, temperature=0, ignore_eos=True).token_ids[0])
 
 
-@pytest.mark.in_cluster_too
 def test_a_rank_killed_in_a_worker_pod_ends_both_pods_with_75_and_the_cause(gang: Gang) -> None:
     leader, worker = gang.start_all()
     victim = worker.pid_of("rank 1")
@@ -83,7 +82,6 @@ def test_an_engine_killed_ends_its_pod_with_75(gang: Gang) -> None:
     assert not worker.ended
 
 
-@pytest.mark.in_cluster_too
 def test_a_leader_that_comes_back_at_another_address_is_found_and_the_gang_serves_again(gang: Gang) -> None:
     """As when a container or pod is started again and no operator is there to restart the gang."""
     leader, worker = gang.start_all()

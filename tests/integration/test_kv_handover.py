@@ -167,8 +167,8 @@ def test_what_nobody_comes_for_expires(gangs: Gangs) -> None:
     prefill, decode = gangs.pair("2 to 2")
     all_blocks_back(prefill, decode)
     with Client(prefill.target) as client, Client(decode.target) as other:
-        first = client.complete(PROMPTS[0], keep_kv=10.0, **GREEDY)
-        until(lambda: blocks_used(prefill) > 0, "its blocks are held", 9)
+        first = client.complete(PROMPTS[0], keep_kv=3.0, **GREEDY)
+        until(lambda: blocks_used(prefill) > 0, "its blocks are held", 2.5)
         all_blocks_back(prefill)
         with pytest.raises(TpmodelError) as caught:
             other.complete(PROMPTS[0], continues=first, **GREEDY)

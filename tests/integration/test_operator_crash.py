@@ -51,15 +51,15 @@ def test_a_restart_is_finished_by_the_next_process_with_one_attempt(
     name = f"step-{step}-{'after' if after else 'before'}"
     with operating(dying(api, tmp_path, step=step, after=after)) as first:
         api.create(tpmodel(name, device="cpu", tensorParallelSize=2))
-        wait_for(lambda: gang(api, name).get("ready"), seconds=60, what="a serving gang")
+        wait_for(lambda: gang(api, name).get("ready"), seconds=20, what="a serving gang")
         before = cluster.uids(name)
         cluster.end_container(cluster.pods(name)[1], 75, "rank 1: killed by the test")
-        wait_for(lambda: first.process.poll() is not None, seconds=60, what="the operator's death")
+        wait_for(lambda: first.process.poll() is not None, seconds=20, what="the operator's death")
         assert first.process.returncode == -9
     with operating(Operator(api.api.kubeconfig, tmp_path / "next")):
-        wait_for(lambda: len(cluster.uids(name) - before) == 2, seconds=60, what="two new pods")
+        wait_for(lambda: len(cluster.uids(name) - before) == 2, seconds=20, what="two new pods")
         wait_for(
-            lambda: gang(api, name).get("ready") and not gang(api, name).get("restart"), seconds=60, what="Ready again"
+            lambda: gang(api, name).get("ready") and not gang(api, name).get("restart"), seconds=20, what="Ready again"
         )
         finished = gang(api, name)
         assert (finished["attempt"], finished["restartsTotal"]) == (2, 1)

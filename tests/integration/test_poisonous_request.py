@@ -59,7 +59,7 @@ def test_a_request_that_kills_every_world_fails_once_and_the_others_go_on(server
         assert begun.wait(30)
         poisonous = threads.submit(client.complete, [POISON, 3, 4], max_tokens=5)
         running += [threads.submit(run, number) for number in range(2, 4)]
-        error = poisonous.exception(180)
+        error = poisonous.exception(60)
         assert isinstance(error, TpmodelError)
         assert error.code == "INTERNAL"
         assert "3 worlds in a row were lost while they computed this request" in str(error)

@@ -103,7 +103,7 @@ def operating(operator: Operator) -> Iterator[Operator]:
     """An operator that is started, ready, and killed at the end."""
     operator.start()
     try:
-        wait_for(operator.ready, seconds=60, what=f"a ready operator\n{operator.lines()}")
+        wait_for(operator.ready, seconds=20, what=f"a ready operator\n{operator.lines()}")
         yield operator
     finally:
         if operator.process.poll() is None:

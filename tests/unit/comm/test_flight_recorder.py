@@ -19,7 +19,7 @@ from tpmodel_worker.comm.sockets import Connections
 
 SIZES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 RECORD_ONE_BARRIER = """
-import json, os
+import json
 from torch._C._distributed_c10d import HashStore, _dump_fr_trace_json
 from tpmodel_worker.comm.gloo import open_gloo
 from tpmodel_worker.comm.specification import CommunicatorSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,9 @@ def test_the_runtime_folder_is_private_and_removed(tmp_path: Path) -> None:
 def test_what_a_killed_supervisor_left_is_removed_by_the_next(tmp_path: Path) -> None:
     settings = stand_in_settings(tmp_path, runtime_dir=str(tmp_path))
     abandoned, young = tmp_path / "tpmodel-abandoned", tmp_path / "tpmodel-young"
-    for folder in (abandoned, young):
-        folder.mkdir()
-        (folder / "settings.json").touch()
+    with runtime_folder(settings) as killed:
+        for folder in (abandoned, young):
+            shutil.copytree(killed.runtime_dir, folder)
     others = tmp_path / "tpmodel-models"
     others.mkdir()
     for folder in (abandoned, others):

@@ -20,6 +20,8 @@ _TOKEN_BYTES = 32
 # A new folder is locked by far within this time.
 _UNLOCKED_SECONDS = 60.0
 _SETTINGS_FILE = "settings.json"
+_MARK = "supervisor"
+"""An empty file in every such folder: a user's own may have a name that begins the same."""
 # sun_path of a Unix socket, with its final zero.
 _LONGEST_SOCKET_PATH = 107
 
@@ -48,6 +50,7 @@ def runtime_folder(settings: ServeSettings) -> Iterator[ServeSettings]:
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / _MARK).touch()
         resolved = dataclasses.replace(
             settings,
             runtime_dir=str(folder),
@@ -72,8 +75,7 @@ def _remove_abandoned(parent: Path) -> None:
             status = folder.lstat()
             if status.st_uid != os.getuid() or time.time() - status.st_mtime < _UNLOCKED_SECONDS:
                 continue
-            if not (folder / _SETTINGS_FILE).is_file():
-                # Somebody else's, with such a name; or of one that was killed in its first moments.
+            if not (folder / _MARK).is_file():
                 continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
